@@ -1,0 +1,1 @@
+"""The CUDA kernels, one per ``.cu`` file; none has been added yet."""

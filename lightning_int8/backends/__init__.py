@@ -1,0 +1,63 @@
+"""Backends: one device path per file, chosen by looking at the tensor."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from functools import cache
+
+from torch import Tensor
+
+from lightning_int8.backends.base import Backend, Counts
+
+__all__ = ["CHOICES", "Backend", "Counts", "backend_for", "check_choice"]
+
+CHOICES = ("auto", "reference", "onednn", "cupy")
+
+
+def check_choice(choice: str) -> None:
+    """Raise ValueError unless ``choice`` names a backend of this version, or "auto"."""
+    if choice not in CHOICES:
+        raise ValueError(f"backend: {choice!r} is not one of {', '.join(CHOICES)}")
+    if choice != "auto" and choice not in (m.name for m in pkgutil.iter_modules(__path__)):
+        raise ValueError(f"backend: {choice!r} is not part of this version; use 'auto'")
+
+
+@cache
+def load(name: str) -> Backend:
+    """The one instance of backend ``name``; imports what it needs the first time."""
+    return importlib.import_module(f"{__name__}.{name}").make()
+
+
+def backend_for(tensor: Tensor, choice: str) -> Backend:
+    """The backend that computes on the device of ``tensor``.
+
+    Args:
+        tensor: Decides by its device, at call time: a model is converted before it is moved.
+        choice: One of ``CHOICES``.
+
+    Raises:
+        RuntimeError: No backend of this version computes there.
+    """
+    if choice != "auto":
+        return load(choice)
+    if tensor.device.type == "cpu":
+        return _cpu()
+    raise RuntimeError(
+        f"no INT8 backend of this version computes on device {str(tensor.device)!r}; "
+        "train on the CPU, or pass backend='reference' for slow, exact arithmetic on any device"
+    )
+
+
+@cache
+def _cpu() -> Backend:
+    backend = load("onednn")
+    if not backend.exact:
+        warnings.warn(
+            "the INT8 matrix product of this CPU is not exact (self-check failed): computing with the 'reference' "
+            "backend instead, which is exact and slow; its contractions are not counted as INT8",
+            stacklevel=2,
+        )
+        return load("reference")
+    return backend

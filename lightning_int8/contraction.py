@@ -1,0 +1,165 @@
+"""The three contractions of a training step of one layer: the only autograd function of the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_int8.backends import Counts, backend_for
+from lightning_int8.clock import Clock
+from lightning_int8.geometry import ConvGeometry
+from lightning_int8.numerics import Quantized
+from lightning_int8.operand import Operand, make_operands
+from lightning_int8.spec import Recipe
+
+
+class LayerState:
+    """What a converted layer remembers, beside the module and not in it: no buffer, no parameter.
+
+    Attributes:
+        name: Name of the layer in the model that was converted.
+        recipe: Its numerics.
+        backend: Choice of backend, resolved at each call by the device of the input.
+        operands: Operand of each slot; slots may share one.
+        counts: Contractions executed.
+        train_calls: Forward passes of training that had something to compute.
+    """
+
+    def __init__(self, name: str, layer: nn.Module, recipe: Recipe, backend: str, clock: Clock, seed: int) -> None:
+        self.name = name
+        self.recipe = recipe
+        self.backend = backend
+        self.operands = make_operands(recipe, name, layer, clock, seed)
+        self.counts = Counts()
+        self.train_calls = 0
+
+    def distinct_operands(self) -> list[Operand]:
+        """The operands, each once."""
+        return list(dict.fromkeys(self.operands.values()))
+
+
+@torch.compiler.disable
+def contract(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, geometry: ConvGeometry | None, training: bool
+) -> Tensor:
+    """x · w + bias with INT8 operands, and its two derivatives with INT8 operands.
+
+    Args:
+        x: float32, bfloat16 or float16, canonical: ``(rows, C)``, or ``(N, *in, C)`` with ``geometry``.
+        weight: ``(Co, C)``, or ``(Co, *kernel, C / groups)`` with ``geometry``.
+        bias: ``(Co,)`` or None.
+        state: The layer.
+        geometry: The convolution, None for a matrix product.
+        training: Whether the layer is in training mode.
+
+    Returns:
+        ``(rows, Co)`` or ``(N, *out, Co)`` in the autocast dtype where autocast is on, else in the dtype of ``x``.
+    """
+    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    # Gradients of a layer in eval mode (frozen batch norm is often trained so) make it part of training all the same.
+    training = training or differentiable
+    state.train_calls += training
+    return _Contraction.apply(x, weight, bias, state, geometry, training, differentiable)
+
+
+class _Contraction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        state: LayerState,
+        geometry: ConvGeometry | None,
+        training: bool,
+        differentiable: bool,
+    ) -> Tensor:
+        backend, operands = backend_for(x, state.backend), state.operands
+        # A forward inside a backward is the recomputation of a checkpointed segment: same draw, nothing updated.
+        fresh = training and torch._C._current_graph_task_id() == -1
+        planes = _Planes(backend, update=fresh)
+        keys = {o: o.draw(fresh and (differentiable or o.tensor != "g")) for o in state.distinct_operands()}
+
+        with torch.autocast(x.device.type, enabled=False):
+            qx = planes.of(operands["output.lhs"], x, keys)
+            qw = planes.of(operands["output.rhs"], weight, keys)
+            y = backend.output(qx, qw, geometry, state.counts)
+            if bias is not None:
+                y += bias.float()
+            needs_x, needs_w = (differentiable and needed for needed in ctx.needs_input_grad[:2])
+            saved_w = planes.of(operands["grad_input.rhs"], weight, keys) if needs_x else None
+            saved_x = planes.of(operands["grad_weight.rhs"], x, keys) if needs_w else None
+
+        ctx.state, ctx.geometry, ctx.keys, ctx.update = state, geometry, keys, fresh
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        _save(ctx, saved_w, saved_x)
+        return y.to(_output_dtype(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        state: LayerState = ctx.state
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"layer {state.name!r}: second derivatives (create_graph=True, gradient penalties) do not exist for "
+                f"INT8 contractions; keep the layer in float with skip=({state.name!r},)"
+            )
+        backend, operands = backend_for(grad_output, state.backend), state.operands
+        planes = _Planes(backend, update=ctx.update)
+        saved_w, saved_x = _saved(ctx)
+        x_dtype, w_dtype, bias_dtype = ctx.dtypes
+        grad_x = grad_w = grad_bias = None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            if saved_w is not None:
+                qg = planes.of(operands["grad_input.lhs"], grad_output, ctx.keys)
+                grad_x = backend.grad_input(qg, saved_w, ctx.geometry, state.counts).to(x_dtype)
+            if saved_x is not None:
+                qg = planes.of(operands["grad_weight.lhs"], grad_output, ctx.keys)
+                grad_w = backend.grad_weight(qg, saved_x, ctx.geometry, state.counts).to(w_dtype)
+            if ctx.needs_input_grad[2]:
+                grad_bias = grad_output.float().flatten(0, -2).sum(0).to(bias_dtype)
+        return grad_x, grad_w, grad_bias, None, None, None, None
+
+
+class _Planes:
+    """Planes of the operands of one pass, each computed once."""
+
+    def __init__(self, backend: Any, update: bool) -> None:
+        self._backend = backend
+        self._update = update
+        self._made: dict[Operand, Quantized] = {}
+
+    def of(self, operand: Operand, tensor: Tensor, keys: dict[Operand, Tensor]) -> Quantized:
+        if operand not in self._made:
+            self._made[operand] = operand.quantize(tensor, keys[operand], self._backend, self._update)
+        return self._made[operand]
+
+
+def _save(ctx: Any, *quantized: Quantized | None) -> None:
+    """Save planes, not floats, for backward."""
+    tensors: list[Tensor | None] = []
+    ctx.layout = []
+    for q in quantized:
+        parts = [] if q is None else q.tensors()
+        ctx.layout.append(None if q is None else (len(parts), q.axis))
+        tensors += parts
+    ctx.save_for_backward(*tensors)
+
+
+def _saved(ctx: Any) -> list[Quantized | None]:
+    tensors = list(ctx.saved_tensors)
+    out: list[Quantized | None] = []
+    for entry in ctx.layout:
+        if entry is None:
+            out.append(None)
+            continue
+        count, axis = entry
+        out.append(Quantized.from_tensors(tensors[:count], axis))
+        tensors = tensors[count:]
+    return out
+
+
+def _output_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,0 +1,137 @@
+"""Converted layers: they bring their tensors into canonical order and describe their geometry, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_int8.contraction import LayerState, contract
+from lightning_int8.geometry import ConvGeometry
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Input dtypes of a converted layer."""
+
+
+class _Int8Layer(nn.Module):
+    """What converted layers share: their state, and the checks of their input."""
+
+    int8_state: LayerState
+
+    def _check(self, x: Tensor, channel_axis: int, channels: int) -> None:
+        name = self.int8_state.name
+        if x.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"layer {name!r}: input dtype: {x.dtype} is not one of "
+                f"{', '.join(str(d) for d in FLOAT_DTYPES)}; cast the input, or keep the layer in float with "
+                f"skip=({name!r},)"
+            )
+        if x.shape[channel_axis] != channels:
+            raise ValueError(
+                f"layer {name!r}: input shape: {tuple(x.shape)} has {x.shape[channel_axis]} channels where the layer "
+                f"takes {channels}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, int8: {self.int8_state.recipe}"
+
+
+class Int8Linear(_Int8Layer, nn.Linear):
+    """``torch.nn.Linear`` whose three matrix products have INT8 operands."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*, in_features)`` to ``(*, out_features)``."""
+        self._check(x, -1, self.in_features)
+        if x.numel() == 0:
+            return super().forward(x)  # nothing to multiply: only the shape and the graph are wanted
+        rows = x.reshape(-1, self.in_features)
+        y = contract(rows, self.weight, self.bias, self.int8_state, None, self.training)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+
+class _Int8Conv(_Int8Layer):
+    """``torch.nn.ConvNd`` whose three contractions have INT8 operands."""
+
+    weight: Tensor
+    bias: Tensor | None
+    in_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    _reversed_padding_repeated_twice: list[int]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, C, *spatial)`` or unbatched ``(C, *spatial)``; the memory format follows the input or the weight."""
+        spatial = len(self.kernel_size)
+        if x.dim() not in (spatial + 1, spatial + 2):
+            raise ValueError(
+                f"layer {self.int8_state.name!r}: input shape: {tuple(x.shape)} has {x.dim()} axes where the layer "
+                f"takes {spatial + 1} (unbatched) or {spatial + 2}"
+            )
+        self._check(x, -1 - spatial, self.in_channels)
+        if x.numel() == 0:
+            return super().forward(x)
+        if x.dim() == spatial + 1:
+            return self._batched(x.unsqueeze(0)).squeeze(0)
+        return self._batched(x)
+
+    def _batched(self, x: Tensor) -> Tensor:
+        channels_last = _is_channels_last(x) or _is_channels_last(self.weight)
+        padding = self._zero_padding()
+        if self.padding_mode != "zeros":
+            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        geometry = ConvGeometry(
+            input_size=tuple(x.shape[2:]),
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+        if min(geometry.output_size) < 1:
+            raise ValueError(
+                f"layer {self.int8_state.name!r}: input shape: the padded size {tuple(x.shape[2:])} is smaller than "
+                f"the kernel {self.kernel_size} at dilation {self.dilation}"
+            )
+        x, weight = x.movedim(1, -1), self.weight.movedim(1, -1)
+        y = contract(x, weight, self.bias, self.int8_state, geometry, self.training).movedim(-1, 1)
+        return y if channels_last else y.contiguous()
+
+    def _zero_padding(self) -> tuple[tuple[int, int], ...]:
+        if self.padding_mode != "zeros":
+            return ((0, 0),) * len(self.kernel_size)
+        if isinstance(self.padding, str):
+            # Torch keeps (before, after) of "same" and "valid", last axis first.
+            flat = self._reversed_padding_repeated_twice
+            return tuple((flat[i], flat[i + 1]) for i in reversed(range(0, len(flat), 2)))
+        return tuple((p, p) for p in self.padding)
+
+
+class Int8Conv1d(_Int8Conv, nn.Conv1d):
+    """``torch.nn.Conv1d`` whose three contractions have INT8 operands."""
+
+
+class Int8Conv2d(_Int8Conv, nn.Conv2d):
+    """``torch.nn.Conv2d`` whose three contractions have INT8 operands."""
+
+
+class Int8Conv3d(_Int8Conv, nn.Conv3d):
+    """``torch.nn.Conv3d`` whose three contractions have INT8 operands."""
+
+
+SWAPS: dict[type[nn.Module], type[Any]] = {
+    nn.Linear: Int8Linear,
+    nn.Conv1d: Int8Conv1d,
+    nn.Conv2d: Int8Conv2d,
+    nn.Conv3d: Int8Conv3d,
+}
+"""Exact types that are converted, and what they become."""
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    """Whether channels are innermost in memory, where the shape leaves a choice."""
+    return t.dim() > 3 and t.stride(1) == 1 and t.shape[2:].numel() > 1

@@ -1,0 +1,152 @@
+"""``Int8Precision``: the plugin of the Lightning ``Trainer``. It converts once, then follows the optimizer."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_int8.engine import HIGH_PRECISION, Engine
+from lightning_int8.report import ConversionReport
+from lightning_int8.rewrite import Settings
+
+STATE_KEY = "Int8Precision"
+"""Top-level key of the plugin's state in a Lightning checkpoint."""
+
+_ENGINE = "int8"
+
+
+def _bases() -> tuple[type, ...]:
+    """``Precision`` of every Lightning there is: a Trainer takes a plugin only of its own package.
+
+    ``lightning`` and ``pytorch_lightning`` are the same code under two names, and which of them the user imports is
+    known only when it is too late to choose.
+    """
+    if importlib.util.find_spec("pytorch_lightning") is None:
+        return (MixedPrecision,)
+    from pytorch_lightning.plugins.precision import Precision
+
+    return (MixedPrecision, Precision)
+
+
+class Int8Precision(*_bases()):  # type: ignore[misc]
+    """Lightning precision plugin: matrix products of the forward and the backward pass in 8-bit integers.
+
+    ``Trainer(plugins=[Int8Precision()])``. The model is converted in place before it is moved to its device; weights,
+    names and ``state_dict`` keys stay as they are, so checkpoints load into the float model and back.
+
+    Args:
+        recipe: A name (``lightning_int8.recipes.names()``), a ``Recipe``, or the path of a YAML recipe.
+        skip: Names or globs of layers, or of modules that contain them, to keep in float.
+        layers: "int8" converts every layer that can be.
+        high_precision: What the rest computes in: "32-true", "bf16-mixed" or "16-mixed" (with a gradient scaler).
+        backend: "auto" chooses by the device; or the name of one.
+        sync_clip: How DDP ranks agree on clip values after a refresh: "max", "mean" or "local".
+        refresh: Optimizer steps between refreshes of clip values whose range rule names no interval.
+        fuse: Whether neighbouring passes may be fused where the result stays the same (this version fuses none).
+        seed: Seed of stochastic rounding.
+
+    Raises:
+        ValueError: An argument out of its range; the message names field and value.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(plugins=[Int8Precision(skip=("head",))], logger=False, enable_checkpointing=False)
+        >>> trainer.precision
+        '32-true'
+    """
+
+    def __init__(
+        self,
+        recipe: str = "default",
+        skip: str | Sequence[str] = (),
+        layers: Literal["int8", "auto"] = "int8",
+        high_precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true",
+        backend: Literal["auto", "reference", "onednn", "cupy"] = "auto",
+        sync_clip: Literal["max", "mean", "local"] = "max",
+        refresh: int = 100,
+        fuse: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if high_precision not in HIGH_PRECISION:
+            raise ValueError(f"high_precision: {high_precision!r} is not one of {', '.join(HIGH_PRECISION)}")
+        settings = Settings.make(recipe, skip, layers=layers, backend=backend, fuse=fuse, seed=seed, refresh=refresh)
+        # Scaler and autocast device are known in `connect` only; until then the parent has the mode without a scaler.
+        super().__init__("bf16-mixed", device="cpu")
+        self.precision = high_precision
+        self._engine = Engine(settings, sync_clip)
+        self._report: ConversionReport | None = None
+
+    @property
+    def report(self) -> ConversionReport | None:
+        """The decision for each layer; None before the model has been converted."""
+        return self._report
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Convert ``module`` in place; Lightning calls this before every fit, validate, test and predict."""
+        self._engine.convert(module)
+        return module
+
+    def connect(self, model: nn.Module, optimizers: Any, lr_schedulers: Any) -> tuple[nn.Module, Any, Any]:
+        """Take note of the device and the rank; log the conversion report when a fit begins."""
+        self.device = next(model.parameters()).device.type
+        if self.precision == "16-mixed" and self.scaler is None:
+            self.scaler = torch.amp.GradScaler(device=self.device)
+        trainer = getattr(getattr(model, "module", model), "_trainer", None)
+        self._engine.set_rank(0 if trainer is None else trainer.global_rank)
+        self._report = self._engine.report(getattr(model, "module", model))
+        if trainer is not None and trainer.training:
+            rank_zero_info(str(self._report))
+        return model, optimizers, lr_schedulers
+
+    def autocast_context_manager(self) -> AbstractContextManager:
+        """Autocast of the float layers; none in "32-true"."""
+        return nullcontext() if self.precision == "32-true" else super().autocast_context_manager()
+
+    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        """Step, then agree on clip values."""
+        result = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        self._engine.after_step(None if self.scaler is None else self.scaler.get_scale())
+        return result
+
+    def _clip_gradients(self, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        # The parent asks for its own package's LightningModule, but the module may be of the other one.
+        host = type(model.trainer).__module__.split(".")[0]
+        if host == "pytorch_lightning":
+            from pytorch_lightning.plugins.precision import Precision
+
+            Precision._clip_gradients(self, model, optimizer, *args, **kwargs)
+        else:
+            super()._clip_gradients(model, optimizer, *args, **kwargs)
+
+    def teardown(self) -> None:
+        """Log what was executed."""
+        summary = self._engine.summary()
+        if summary is not None and sys.exc_info()[0] is None:
+            rank_zero_info(summary)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clip values, random keys and step count; tensors and primitives only."""
+        return {_ENGINE: self._engine.state_dict(), "scaler": super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Inverse of ``state_dict``; nothing changes if the state does not fit.
+
+        Raises:
+            ValueError: The state does not fit; the message names the field.
+        """
+        self._engine.load_state_dict(state_dict.get(_ENGINE, {}))
+        super().load_state_dict(state_dict["scaler"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Find the state under its fixed key, where a subclass would look for its own name."""
+        own = type(self).__qualname__
+        if own not in checkpoint and STATE_KEY in checkpoint:
+            checkpoint[own] = checkpoint[STATE_KEY]
