@@ -133,5 +133,5 @@ SWAPS: dict[type[nn.Module], type[Any]] = {
 
 
 def _is_channels_last(t: Tensor) -> bool:
-    """Whether channels are innermost in memory, where the shape leaves a choice."""
-    return t.dim() > 3 and t.stride(1) == 1 and t.shape[2:].numel() > 1
+    """Whether channels are innermost in memory; strides tell, even where sizes of 1 leave a choice."""
+    return t.dim() > 3 and t.stride(1) == 1 and t.stride(-1) >= t.shape[1] and t.shape[1:].numel() > 1

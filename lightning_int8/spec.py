@@ -61,7 +61,7 @@ class OperandSpec:
         _one_of("per", self.per, ("tensor", "channel"))
         _one_of("rounding", self.rounding, ("nearest", "stochastic"))
         _one_of("affine", self.affine, (False, True))
-        if not callable(getattr(self.range, "clip_value", None)):
+        if isinstance(self.range, type) or not callable(getattr(self.range, "clip_value", None)):
             raise ValueError(f"range: {self.range!r} is not a range rule; rules: {', '.join(ranges.names())}")
 
     @property
@@ -160,7 +160,7 @@ def _build(cls: type, data: Any, path: str) -> Any:
     missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
     if missing:
         raise ValueError(f"{path}: field {missing[0]!r} is missing")
-    return _at(path, cls, **values)
+    return _at(path, cls, values)
 
 
 def _range(value: Any, path: str) -> RangeRule:
@@ -168,10 +168,10 @@ def _range(value: Any, path: str) -> RangeRule:
         value = {"name": value}
     if not isinstance(value, Mapping) or "name" not in value:
         raise ValueError(f"{path}: {value!r} is neither the name of a range rule nor a mapping with 'name'")
-    return _at(path, ranges.make, **value)
+    return _at(path, ranges.make, value)
 
 
-def _at(path: str, build: Any, **values: Any) -> Any:
+def _at(path: str, build: Any, values: Mapping[str, Any]) -> Any:
     try:
         return build(**values)
     except (TypeError, ValueError) as error:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_int8.numerics import HASH_MULTIPLIERS, RANDOM_BITS, AffineMap, largest_integer, mix_key
+from lightning_int8.generator import HASH_MULTIPLIERS, RANDOM_BITS, mix_key
+from lightning_int8.numerics import AffineMap, largest_integer
 from lightning_int8.spec import OperandSpec
 
 _jit = nb.njit(nogil=True, error_model="numpy", cache=True)  # no fastmath: products and sums must not be fused
@@ -61,7 +62,7 @@ def _matrix(shape: torch.Size, axis: int | None) -> tuple[int, int]:
 
 @_jit
 def _hash_bits(index, k0, k1):
-    """16 random bits of element ``index``, see ``numerics.random_bits``."""
+    """16 random bits of element ``index``, see ``generator.random_bits``."""
     h = np.uint32(np.uint32(index >> 1) ^ k0)
     h ^= h >> _U16
     h = np.uint32(h * _M0)

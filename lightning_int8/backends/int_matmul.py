@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX
 
-_CHECKED_LENGTHS = (64, 100, 576, 4608)
+_CHECKED_LENGTHS = (2, 100, 4608)
+_CHECKED_SIZES = ((1, 1), (1, 17), (17, 1), (33, 32))
 _SIGNS = ((1, 1), (-1, -1), (1, -1), (-1, 1))
 
 MatMul = Callable[[Tensor, Tensor], Tensor]
@@ -24,13 +26,16 @@ MatMul = Callable[[Tensor, Tensor], Tensor]
 
 def full_range(a: Tensor, b: Tensor) -> Tensor:
     """a · b in one product, int8 ``(M, K)`` and ``(K, N)`` to int32 ``(M, N)``."""
-    return torch._int_mm(a, b)
+    return torch._int_mm(_plain_row(a), _plain_row(b))
 
 
 def halves(a: Tensor, b: Tensor) -> Tensor:
     """a · b as a · ⌊b/2⌋ + a · (b - ⌊b/2⌋): both halves lie within ±64."""
+    if b.shape[1] == 1:
+        # For a single column oneDNN exchanges the operands, and then the wrong one would have the small range.
+        return halves(a, b.expand(-1, 2).contiguous())[:, :1]
     lower = b >> 1
-    return torch._int_mm(a, lower).add_(torch._int_mm(a, b - lower))
+    return full_range(a, lower).add_(full_range(a, b - lower))
 
 
 @cache
@@ -43,13 +48,20 @@ def exact_matmul() -> MatMul | None:
 
 
 def is_exact(matmul: MatMul) -> bool:
-    """Compare with int64 arithmetic where saturating instructions betray themselves: ±127 and -128 everywhere."""
-    for length in _CHECKED_LENGTHS:
-        for left, right in _SIGNS:
-            a = torch.full((32, length), left * INT8_MAX, dtype=torch.int8)
-            b = torch.full((length, 32), right * INT8_MAX, dtype=torch.int8)
-            a[0], b[:, 0] = -LOWER_PLANE_MAX, -LOWER_PLANE_MAX
-            for x, y in ((a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b)):
-                if not torch.equal(matmul(x, y).long(), x.long() @ y.long()):
-                    return False
+    """Compare with exact float64 arithmetic where saturating instructions betray themselves: ±127 and -128 everywhere."""
+    for length, (left, right), (rows, cols) in product(_CHECKED_LENGTHS, _SIGNS, _CHECKED_SIZES):
+        a = torch.full((rows, length), left * INT8_MAX, dtype=torch.int8)
+        b = torch.full((length, cols), right * INT8_MAX, dtype=torch.int8)
+        a[rows // 2, ::2] = -LOWER_PLANE_MAX
+        b[::2, cols // 2] = -LOWER_PLANE_MAX
+        for x, y in ((a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b)):
+            if not torch.equal(matmul(x, y).double(), x.double() @ y.double()):
+                return False
     return True
+
+
+def _plain_row(t: Tensor) -> Tensor:
+    """``t``, where it has one row with the usual row stride: torch 2.13 reads a row stride of 1 as a column's."""
+    if t.shape[0] != 1 or t.stride(0) != 1:
+        return t
+    return t.as_strided(t.shape, (t.shape[1] * t.stride(1), t.stride(1)), t.storage_offset())

@@ -95,22 +95,16 @@ class OneDNN(Backend):
         return _cat(parts, 0).reshape(out_channels, *geometry.kernel_size, -1)
 
     def _grad_input(self, g: Plane, w: Plane, geometry: ConvGeometry) -> Tensor:
-        batch, out_channels = g.data.shape[0], g.data.shape[-1]
         channels = w.data.shape[-1] * geometry.groups
         residues = geometry.residues()
-        if len(residues) == 1:
-            return self._residue(g, w, geometry, residues[0], channels)
-        result: Tensor | None = None
-        for residue in residues:
-            if not all(d.taps for d in residue.dims):
-                continue
-            sums = self._residue(g, w, geometry, residue, channels)
-            if result is None:
-                result = sums.new_zeros(batch, *geometry.input_size, channels)
-            elif result.dtype != sums.dtype:
-                result = result.long()
+        reached = [(r, self._residue(g, w, geometry, r, channels)) for r in residues if all(d.taps for d in r.dims)]
+        if len(residues) == len(reached) == 1:
+            return reached[0][1]
+        # Input positions that no tap reaches keep a gradient of 0.
+        dtype = torch.int64 if any(sums.dtype == torch.int64 for _, sums in reached) else torch.int32
+        result = torch.zeros(g.data.shape[0], *geometry.input_size, channels, dtype=dtype)
+        for residue, sums in reached:
             result[(slice(None), *(slice(d.first, None, d.stride) for d in residue.dims))] = sums
-        assert result is not None, f"no tap reaches the input in {geometry} with {out_channels} output channels"
         return result
 
     def _residue(self, g: Plane, w: Plane, geometry: ConvGeometry, residue: Residue, channels: int) -> Tensor:
@@ -183,7 +177,8 @@ def _columns(x: Plane, geometry: ConvGeometry) -> Tensor:
 
 def _rows(cols: Tensor, spatial: int) -> Tensor:
     """``(N, *size, *taps, C)`` to dense rows ``(N · size, taps · C)``."""
-    return cols.reshape(prod(cols.shape[: 1 + spatial]), -1)
+    # With one channel the windows of neighbours overlap in memory and `reshape` alone may leave them so.
+    return cols.reshape(prod(cols.shape[: 1 + spatial]), -1).contiguous()
 
 
 def _chunks(cols: Tensor, channels: int) -> Iterator[slice]:
