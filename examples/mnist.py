@@ -6,6 +6,7 @@ Run it with ``python examples/mnist.py``, or the same module and data from YAML 
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -17,7 +18,7 @@ from lightning_int8.vision.readers import read_mnist_5k
 class DigitNet(LightningModule):
     """Three convolutions and a linear layer, written without a thought of INT8."""
 
-    def __init__(self, lr: float = 3e-3) -> None:
+    def __init__(self, lr: float = 1e-2) -> None:
         super().__init__()
         self.lr = lr
         self.network = nn.Sequential(
@@ -38,9 +39,12 @@ class DigitNet(LightningModule):
         accuracy = (self.network(images).argmax(1) == labels).float().mean()
         self.log("val_accuracy", accuracy, prog_bar=True)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return Adam."""
-        return torch.optim.Adam(self.parameters(), self.lr)
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Return Adam and its one-cycle schedule."""
+        optimizer = torch.optim.Adam(self.parameters(), self.lr)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 class Digits(LightningDataModule):

@@ -80,7 +80,7 @@ class _Contraction(torch.autograd.Function):
         # A forward inside a backward is the recomputation of a checkpointed segment: same draw, nothing updated.
         fresh = training and torch._C._current_graph_task_id() == -1
         planes = _Planes(backend, update=fresh)
-        keys = {o: o.draw(fresh and (differentiable or o.tensor != "g")) for o in state.distinct_operands()}
+        keys = {o: o.draw(fresh) for o in state.distinct_operands()}
 
         with torch.autocast(x.device.type, enabled=False):
             qx = planes.of(operands["output.lhs"], x, keys)

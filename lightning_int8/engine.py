@@ -38,6 +38,7 @@ class Engine:
         self._conversion: Conversion | None = None
         self._states: list[LayerState] = []
         self._seen_steps = 0
+        self._summarised_steps = 0
         self._loss_scale: float | None = None
 
     def convert(self, model: nn.Module) -> None:
@@ -48,7 +49,7 @@ class Engine:
         if conversion is not self._conversion:
             self._conversion = conversion
             self._states = layer_states(model)
-            self._seen_steps = self.clock.steps
+            self._seen_steps = self._summarised_steps = self.clock.steps
 
     @property
     def clock(self) -> Clock:
@@ -103,9 +104,10 @@ class Engine:
         self._loss_scale = loss_scale
 
     def summary(self) -> str | None:
-        """Table of executed contractions; None if no layer trained."""
-        if not any(state.train_calls for state in self._states):
+        """Table of executed contractions; None if the optimizer made no step since the last one."""
+        if self._conversion is None or self.clock.steps == self._summarised_steps:
             return None
+        self._summarised_steps = self.clock.steps
         return execution_table(self._states)
 
     def state_dict(self) -> dict[str, Any]:

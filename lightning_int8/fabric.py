@@ -64,6 +64,7 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
         # Scaler and autocast device are known at the first forward; until then the parent has the mode without one.
         super().__init__("bf16-mixed", device="cpu")
         self.precision = high_precision
+        self.scaler: torch.amp.GradScaler | None = None
         self._models: list[tuple[nn.Module, Engine]] = []
 
     @property

@@ -61,7 +61,7 @@ class _Int8Conv(_Int8Layer):
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
     groups: int
-    padding_mode: str
+    padding_mode: Any
     _reversed_padding_repeated_twice: list[int]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -76,14 +76,14 @@ class _Int8Conv(_Int8Layer):
         if x.numel() == 0:
             return super().forward(x)
         if x.dim() == spatial + 1:
-            return self._batched(x.unsqueeze(0)).squeeze(0)
+            return self._batched(x.contiguous().unsqueeze(0)).squeeze(0)
         return self._batched(x)
 
     def _batched(self, x: Tensor) -> Tensor:
-        channels_last = _is_channels_last(x) or _is_channels_last(self.weight)
         padding = self._zero_padding()
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        channels_last = _is_channels_last(x) or _is_channels_last(self.weight)
         geometry = ConvGeometry(
             input_size=tuple(x.shape[2:]),
             kernel_size=self.kernel_size,

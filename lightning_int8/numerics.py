@@ -248,15 +248,9 @@ def from_integers(integers: Tensor, scale: Tensor, zero: Tensor | None, bits: in
     """
     count = plane_count(bits)
     data = digits(integers, count)
-    zeros = [None] * count if zero is None else digits(zero.to(torch.int32), count)
-    planes = tuple(
-        Plane(
-            data[p].to(torch.int8),
-            scale * float(PLANE_BASE ** (count - 1 - p)),
-            None if zeros[p] is None else zeros[p].to(torch.int32),
-        )
-        for p in range(count)
-    )
+    zeros: Sequence[Tensor | None] = [None] * count if zero is None else digits(zero.to(torch.int32), count)
+    weights = [float(PLANE_BASE ** (count - 1 - p)) for p in range(count)]
+    planes = tuple(Plane(d.to(torch.int8), scale * w, z) for d, w, z in zip(data, weights, zeros, strict=True))
     return Quantized(planes, axis)
 
 

@@ -115,7 +115,7 @@ def make_operands(recipe: Recipe, name: str, layer: nn.Module, clock: Clock, see
         clock: Steps of the model.
         seed: Seed of the conversion.
     """
-    out, per_group = layer.weight.shape[:2]
+    out, per_group = layer.get_parameter("weight").shape[:2]
     channels = {("w", 0): out, ("w", -1): per_group, ("g", -1): out, ("x", -1): per_group * getattr(layer, "groups", 1)}
     operands: dict[str, Operand] = {}
     made: dict[tuple[str, OperandSpec, int | None], Operand] = {}

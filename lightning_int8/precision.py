@@ -81,6 +81,7 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
         # Scaler and autocast device are known in `connect` only; until then the parent has the mode without a scaler.
         super().__init__("bf16-mixed", device="cpu")
         self.precision = high_precision
+        self.scaler: torch.amp.GradScaler | None = None
         self._engine = Engine(settings, sync_clip)
         self._report: ConversionReport | None = None
 

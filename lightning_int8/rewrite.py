@@ -188,7 +188,7 @@ def conversion_of(model: nn.Module) -> Conversion | None:
 
 def layer_states(model: nn.Module) -> list[LayerState]:
     """States of the converted layers, in the order of the model."""
-    return [m.int8_state for m in model.modules() if type(m) in FLOAT_CLASSES]
+    return [m.__dict__["int8_state"] for m in model.modules() if type(m) in FLOAT_CLASSES]
 
 
 def _decide(model: nn.Module, settings: Settings) -> Iterator[Row]:
@@ -197,9 +197,9 @@ def _decide(model: nn.Module, settings: Settings) -> Iterator[Row]:
         if not any(_matches(name, pattern) for name in candidates):
             raise ValueError(f"skip: {pattern!r} matches no layer; layers: {', '.join(candidates)}")
     for name, module in candidates.items():
-        pattern = next((p for p in settings.skip if _matches(name, p)), None)
+        skipped = next((f"skip={p!r}" for p in settings.skip if _matches(name, p)), "")
         kind, shape = type(module).__name__, _weight_shape(module)
-        reason = f"skip={pattern!r}" if pattern else _obstacle(name, module)
+        reason = skipped or _obstacle(name, module)
         decision = "float" if reason else "int8"
         yield Row(name=name, kind=kind, shape=shape, decision=decision, reason=reason or "converted")
 

@@ -140,8 +140,7 @@ def recipe_from_mapping(data: Mapping[str, Any]) -> Recipe:
     return _build(Recipe, data, "recipe")
 
 
-_NESTED = {"output": ContractionSpec, "grad_input": ContractionSpec, "grad_weight": ContractionSpec}
-_NESTED |= {"lhs": OperandSpec, "rhs": OperandSpec}
+_NESTED: dict[str, type] = dict.fromkeys(CONTRACTIONS, ContractionSpec) | dict.fromkeys(("lhs", "rhs"), OperandSpec)
 
 
 def _build(cls: type, data: Any, path: str) -> Any:

@@ -104,7 +104,8 @@ class OneDNN(Backend):
         dtype = torch.int64 if any(sums.dtype == torch.int64 for _, sums in reached) else torch.int32
         result = torch.zeros(g.data.shape[0], *geometry.input_size, channels, dtype=dtype)
         for residue, sums in reached:
-            result[(slice(None), *(slice(d.first, None, d.stride) for d in residue.dims))] = sums
+            positions = (slice(None), *(slice(d.first, None, d.stride) for d in residue.dims))
+            result[positions] = sums
         return result
 
     def _residue(self, g: Plane, w: Plane, geometry: ConvGeometry, residue: Residue, channels: int) -> Tensor:
@@ -142,7 +143,8 @@ class OneDNN(Backend):
             sums = self._matmul(a, b)
         else:
             pieces = range(0, length, RAW_LIMIT)
-            sums = sum(self._matmul(a[:, k : k + RAW_LIMIT], b[k : k + RAW_LIMIT]).long() for k in pieces)
+            parts = [self._matmul(a[:, k : k + RAW_LIMIT], b[k : k + RAW_LIMIT]).long() for k in pieces]
+            sums = torch.stack(parts).sum(0)
         if zero_a is None and zero_b is None:
             return sums
         sums = sums.long()

@@ -86,4 +86,5 @@ def _convolution(contraction: str, left: Tensor, right: Tensor, geometry: ConvGe
     if contraction == "grad_weight":
         return grad_weight.movedim(1, -1)
     inside = [slice(lo, lo + n) for n, (lo, _) in zip(geometry.input_size, geometry.padding, strict=True)]
-    return grad_input[(slice(None), slice(None), *inside)].movedim(1, -1)
+    positions = (slice(None), *inside)
+    return grad_input.movedim(1, -1)[positions]

@@ -17,7 +17,10 @@ from torch import Tensor
 class RangeRule(Protocol):
     """How wide the range of an operand is."""
 
-    every: int | None
+    @property
+    def every(self) -> int | None:
+        """Optimizer steps between refreshes; None takes the interval of the conversion."""
+        ...
 
     def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None) -> Tensor:
         """Clip value of ``x``.
