@@ -92,12 +92,14 @@ class _Contraction(torch.autograd.Function):
             saved_w = planes.of(operands["grad_input.rhs"], weight, keys) if needs_x else None
             saved_x = planes.of(operands["grad_weight.rhs"], x, keys) if needs_w else None
 
-        ctx.state, ctx.geometry, ctx.keys, ctx.update = state, geometry, keys, fresh
+        # The gradient comes once, to the recomputed graph (reentrant checkpointing) or to the first one.
+        ctx.state, ctx.geometry, ctx.keys, ctx.update = state, geometry, keys, training
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         _save(ctx, saved_w, saved_x)
         return y.to(_output_dtype(x))
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         state: LayerState = ctx.state
         if torch.is_grad_enabled():

@@ -68,19 +68,20 @@ class Engine:
             for operand in state.distinct_operands():
                 operand.key[1] = rank
 
-    def after_step(self, loss_scale: float | None = None) -> None:
+    def after_step(self, loss_scale: float) -> None:
         """Work after an optimizer step: prove that INT8 ran, follow the loss scale, agree on clip values.
 
         Args:
-            loss_scale: Factor of ``GradScaler`` in force from now on, None without one.
+            loss_scale: Factor of ``GradScaler`` in force from now on, 1 without one.
 
         Raises:
             RuntimeError: A converted layer trained without a contraction.
         """
-        self._follow_loss_scale(loss_scale)
+        self.follow_loss_scale(loss_scale)
         if self.clock.steps == self._seen_steps:
             return  # the optimizer was not called: a skipped step under GradScaler
-        finished, self._seen_steps = self.clock.steps - 1, self.clock.steps
+        # More than one, where an optimizer wraps another or steps behind the plugin's back.
+        finished, self._seen_steps = range(self._seen_steps, self.clock.steps), self.clock.steps
         for state in self._states:
             if state.train_calls and not state.counts.of("output"):
                 raise RuntimeError(
@@ -89,13 +90,11 @@ class Engine:
                 )
         if self.sync_clip != "local" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             operands = [o for s in self._states for o in s.distinct_operands() if o.tensor != "w"]
-            if any(self.clock.due(o.spec.range.every, finished) for o in operands):
+            if any(self.clock.due(o.spec.range.every, step) for o in operands for step in finished):
                 agree_on_clip_values(operands, self.sync_clip)
 
-    def _follow_loss_scale(self, loss_scale: float | None) -> None:
+    def follow_loss_scale(self, loss_scale: float) -> None:
         """Gradients grow and shrink with the loss scale, and so must their clip values between refreshes."""
-        if loss_scale is None:
-            return
         if self._loss_scale is not None and loss_scale != self._loss_scale:
             for state in self._states:
                 for operand in state.distinct_operands():
@@ -111,7 +110,9 @@ class Engine:
         return execution_table(self._states)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, in tensors and primitives."""
+        """Everything that a resumed run needs, in tensors and primitives; empty before the conversion."""
+        if self._conversion is None:
+            return {}
         return {
             "version": STATE_VERSION,
             "recipe": self.settings.recipe.name,
@@ -151,7 +152,17 @@ def _check_state(state: Any, recipe: str, own: dict[tuple[str, str], Operand]) -
             raise ValueError(f"INT8 plugin state: field {field!r} is missing: the state is truncated")
     if state["recipe"] != recipe:
         raise ValueError(f"INT8 plugin state: recipe: {state['recipe']!r} was saved, {recipe!r} is in use")
-    saved = {(layer, slot) for layer, slots in state["layers"].items() for slot in slots}
+    steps, loss_scale, layers = state["steps"], state["loss_scale"], state["layers"]
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"INT8 plugin state: steps: {steps!r} does not fit")
+    if not isinstance(loss_scale, float | None):
+        raise ValueError(f"INT8 plugin state: loss_scale: {loss_scale!r} does not fit")
+    if not isinstance(layers, dict):
+        raise ValueError(f"INT8 plugin state: layers: {layers!r} does not fit")
+    for layer, slots in layers.items():
+        if not isinstance(slots, dict) or not all(isinstance(entry, dict) for entry in slots.values()):
+            raise ValueError(f"INT8 plugin state: layer {layer!r}: {slots!r} does not fit")
+    saved = {(layer, slot) for layer, slots in layers.items() for slot in slots}
     for layer, slot in sorted(saved ^ own.keys()):
         where = "saved but not converted now" if (layer, slot) in saved else "converted now but not saved"
         raise ValueError(
@@ -159,18 +170,20 @@ def _check_state(state: Any, recipe: str, own: dict[tuple[str, str], Operand]) -
             "saved run, or load the weights alone"
         )
     for (layer, slot), operand in own.items():
-        entry = state["layers"][layer][slot]
-        shapes = {"key": operand.key.shape, "clip_value": operand.clip_shape}
+        entry = layers[layer][slot]
+        forms = {"key": (operand.key.shape, torch.int64), "clip_value": (operand.clip_shape, torch.float32)}
         for field, kind in (("clip_value", (torch.Tensor, type(None))), ("key", torch.Tensor), ("refreshed", int)):
             value = entry.get(field, "missing")
-            fits = isinstance(value, kind) and (not isinstance(value, torch.Tensor) or value.shape == shapes[field])
+            fits = isinstance(value, kind) and (
+                not isinstance(value, torch.Tensor) or (value.shape, value.dtype) == forms[field]
+            )
             if not fits:
                 raise ValueError(f"INT8 plugin state: layer {layer!r}, slot {slot!r}: {field}: {value!r} does not fit")
 
 
 def _refuse_sharded(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if type(module).__name__ in ("FullyShardedDataParallel", "FSDPModule"):
+        if any(c.__name__ in ("FullyShardedDataParallel", "FSDPModule") for c in type(module).__mro__):
             raise TypeError(
                 f"module {name!r}: {type(module).__name__} cannot be converted; INT8 training works under DDP"
             )

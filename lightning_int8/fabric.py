@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -13,20 +12,12 @@ from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
 
 from lightning_int8.engine import HIGH_PRECISION, Engine
+from lightning_int8.hosts import twin_precision
 from lightning_int8.report import ConversionReport
 from lightning_int8.rewrite import Settings
 
 
-def _bases() -> tuple[type, ...]:
-    """``Precision`` of ``lightning`` and, where it is installed, of ``lightning_fabric``: see ``precision._bases``."""
-    if importlib.util.find_spec("lightning_fabric") is None:
-        return (MixedPrecision,)
-    from lightning_fabric.plugins.precision import Precision
-
-    return (MixedPrecision, Precision)
-
-
-class Int8Precision(*_bases()):  # type: ignore[misc]
+class Int8Precision(MixedPrecision, *twin_precision("lightning_fabric")):  # type: ignore[misc]
     """Fabric twin of ``lightning_int8.Int8Precision``; the arguments are the same.
 
     Every module given to ``fabric.setup`` is converted in place. Fabric does not save the state of its plugins: put
@@ -64,6 +55,7 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
         # Scaler and autocast device are known at the first forward; until then the parent has the mode without one.
         super().__init__("bf16-mixed", device="cpu")
         self.precision = high_precision
+        self._desired_input_dtype = torch.float16 if high_precision == "16-mixed" else torch.bfloat16
         self.scaler: torch.amp.GradScaler | None = None
         self._models: list[tuple[nn.Module, Engine]] = []
 
@@ -81,19 +73,30 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
             self._models.append((module, engine))
         return module
 
+    def convert_input(self, data: Any) -> Any:
+        """Cast floating-point inputs to the dtype of autocast; leave them alone in "32-true"."""
+        return data if self.precision == "32-true" else super().convert_input(data)
+
+    def convert_output(self, data: Any) -> Any:
+        """Cast floating-point outputs to the default dtype; leave them alone in "32-true"."""
+        return data if self.precision == "32-true" else super().convert_output(data)
+
     def forward_context(self) -> AbstractContextManager:
         """Autocast of the float layers on the device of the first model; none in "32-true"."""
+        self._follow_device()
+        return nullcontext() if self.precision == "32-true" else super().forward_context()
+
+    def _follow_device(self) -> None:
         if self._models:
             self.device = next(self._models[0][0].parameters()).device.type
         if self.precision == "16-mixed" and self.scaler is None:
             self.scaler = torch.amp.GradScaler(device=self.device)
-        return nullcontext() if self.precision == "32-true" else super().forward_context()
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step, then agree on clip values."""
         result = super().optimizer_step(optimizer, **kwargs)
         for _, engine in self._models:
-            engine.after_step(None if self.scaler is None else self.scaler.get_scale())
+            engine.after_step(self._loss_scale())
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -106,6 +109,8 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
         Raises:
             ValueError: The state does not fit; the message names the field. Nothing has changed then.
         """
+        if "scaler" not in state_dict:
+            raise ValueError("INT8 plugin state: field 'scaler' is missing: the state is truncated")
         states = state_dict.get("int8", [])
         if len(states) != len(self._models):
             raise ValueError(f"INT8 plugin state: int8: {len(states)} models saved, {len(self._models)} set up")
@@ -113,4 +118,11 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
             engine.check_state_dict(state)
         for (_, engine), state in zip(self._models, states, strict=True):
             engine.load_state_dict(state)
-        super().load_state_dict(state_dict["scaler"])
+        self._follow_device()
+        if state_dict["scaler"]:  # empty where the saved run had none
+            super().load_state_dict(state_dict["scaler"])
+        for _, engine in self._models:
+            engine.follow_loss_scale(self._loss_scale())
+
+    def _loss_scale(self) -> float:
+        return 1.0 if self.scaler is None else self.scaler.get_scale()

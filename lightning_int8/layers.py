@@ -27,10 +27,10 @@ class _Int8Layer(nn.Module):
                 f"{', '.join(str(d) for d in FLOAT_DTYPES)}; cast the input, or keep the layer in float with "
                 f"skip=({name!r},)"
             )
-        if x.shape[channel_axis] != channels:
+        found = x.shape[channel_axis] if x.dim() else 0
+        if found != channels:
             raise ValueError(
-                f"layer {name!r}: input shape: {tuple(x.shape)} has {x.shape[channel_axis]} channels where the layer "
-                f"takes {channels}"
+                f"layer {name!r}: input shape: {tuple(x.shape)} has {found} channels where the layer takes {channels}"
             )
 
     def extra_repr(self) -> str:
@@ -43,7 +43,7 @@ class Int8Linear(_Int8Layer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
         self._check(x, -1, self.in_features)
-        if x.numel() == 0:
+        if x.numel() == 0 or self.out_features == 0:
             return super().forward(x)  # nothing to multiply: only the shape and the graph are wanted
         rows = x.reshape(-1, self.in_features)
         y = contract(rows, self.weight, self.bias, self.int8_state, None, self.training)

@@ -69,8 +69,8 @@ class Operand:
             return self.clip_value
         measured = self._measure(x)
         # The host waits here, at a refresh and nowhere else. A range that is not finite shows in this call's output
-        # and is forgotten: the next call measures again.
-        if update and bool(torch.isfinite(measured).all()):
+        # and is forgotten, and so is one of zeros, which would clip all that follows: the next call measures again.
+        if update and bool(torch.isfinite(measured).all() & (measured > 0).any()):
             self.clip_value = measured
             self._refreshed = self._clock.steps
         return measured

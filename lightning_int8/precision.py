@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_int8.engine import HIGH_PRECISION, Engine
+from lightning_int8.hosts import twin_precision
 from lightning_int8.report import ConversionReport
 from lightning_int8.rewrite import Settings
 
@@ -23,20 +23,7 @@ STATE_KEY = "Int8Precision"
 _ENGINE = "int8"
 
 
-def _bases() -> tuple[type, ...]:
-    """``Precision`` of every Lightning there is: a Trainer takes a plugin only of its own package.
-
-    ``lightning`` and ``pytorch_lightning`` are the same code under two names, and which of them the user imports is
-    known only when it is too late to choose.
-    """
-    if importlib.util.find_spec("pytorch_lightning") is None:
-        return (MixedPrecision,)
-    from pytorch_lightning.plugins.precision import Precision
-
-    return (MixedPrecision, Precision)
-
-
-class Int8Precision(*_bases()):  # type: ignore[misc]
+class Int8Precision(MixedPrecision, *twin_precision("pytorch_lightning")):  # type: ignore[misc]
     """Lightning precision plugin: matrix products of the forward and the backward pass in 8-bit integers.
 
     ``Trainer(plugins=[Int8Precision()])``. The model is converted in place before it is moved to its device; weights,
@@ -100,22 +87,35 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
         self.device = next(model.parameters()).device.type
         if self.precision == "16-mixed" and self.scaler is None:
             self.scaler = torch.amp.GradScaler(device=self.device)
-        trainer = getattr(getattr(model, "module", model), "_trainer", None)
+        # A wrapper such as DDP keeps the LightningModule in `module`, a name that a LightningModule may use itself.
+        module = model if hasattr(model, "_trainer") else getattr(model, "module", model)
+        trainer = getattr(module, "_trainer", None)
         self._engine.set_rank(0 if trainer is None else trainer.global_rank)
-        self._report = self._engine.report(getattr(model, "module", model))
+        self._report = self._engine.report(module)
         if trainer is not None and trainer.training:
             rank_zero_info(str(self._report))
         return model, optimizers, lr_schedulers
 
-    def autocast_context_manager(self) -> AbstractContextManager:
+    def autocast_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
         """Autocast of the float layers; none in "32-true"."""
         return nullcontext() if self.precision == "32-true" else super().autocast_context_manager()
 
-    def optimizer_step(self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
+    def pre_backward(self, tensor: torch.Tensor, module: Any) -> torch.Tensor:
+        """Hand over to the parent, unless this is not a Trainer."""
+        if not hasattr(module, "_trainer"):
+            raise TypeError("this Int8Precision is the Trainer's; Fabric takes lightning_int8.fabric.Int8Precision")
+        return super().pre_backward(tensor, module)
+
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
         """Step, then agree on clip values."""
         result = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
-        self._engine.after_step(None if self.scaler is None else self.scaler.get_scale())
+        self._engine.after_step(self._loss_scale())
         return result
+
+    def _loss_scale(self) -> float:
+        return 1.0 if self.scaler is None else self.scaler.get_scale()
 
     def _clip_gradients(self, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         # The parent asks for its own package's LightningModule, but the module may be of the other one.
@@ -134,8 +134,9 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
             rank_zero_info(summary)
 
     def state_dict(self) -> dict[str, Any]:
-        """Clip values, random keys and step count; tensors and primitives only."""
-        return {_ENGINE: self._engine.state_dict(), "scaler": super().state_dict()}
+        """Clip values, random keys and step count; tensors and primitives only. Empty before the conversion."""
+        state = self._engine.state_dict()
+        return {_ENGINE: state, "scaler": super().state_dict()} if state else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Inverse of ``state_dict``; nothing changes if the state does not fit.
@@ -143,8 +144,18 @@ class Int8Precision(*_bases()):  # type: ignore[misc]
         Raises:
             ValueError: The state does not fit; the message names the field.
         """
+        if "scaler" not in state_dict:
+            raise ValueError("INT8 plugin state: field 'scaler' is missing: the state is truncated")
         self._engine.load_state_dict(state_dict.get(_ENGINE, {}))
-        super().load_state_dict(state_dict["scaler"])
+        if state_dict["scaler"]:  # empty where the saved run had none
+            super().load_state_dict(state_dict["scaler"])
+        self._engine.follow_loss_scale(self._loss_scale())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put the state under its fixed key, where Lightning takes the name of a subclass."""
+        own = type(self).__qualname__
+        if own in checkpoint:
+            checkpoint[STATE_KEY] = checkpoint.pop(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Find the state under its fixed key, where a subclass would look for its own name."""

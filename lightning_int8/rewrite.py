@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -80,6 +80,8 @@ class Settings:
     @classmethod
     def make(cls, recipe: str | Path | Recipe, skip: str | Sequence[str], **fields: Any) -> Settings:
         """Resolve the recipe, and a single pattern given as ``skip``."""
+        if not isinstance(skip, Iterable):
+            raise ValueError(f"skip: {skip!r} is not a sequence of names or globs")
         return cls(recipe=recipes.get(recipe), skip=(skip,) if isinstance(skip, str) else tuple(skip), **fields)
 
 
@@ -160,7 +162,8 @@ def convert_with(model: nn.Module, settings: Settings) -> ConversionReport:
     modules = dict(model.named_modules())
     for name in report.converted:
         module = modules[name]
-        state = LayerState(name, module, settings.recipe, settings.backend, clock, settings.seed)
+        with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller's context makes of new tensors
+            state = LayerState(name, module, settings.recipe, settings.backend, clock, settings.seed)
         module.__class__ = SWAPS[type(module)]
         module.__dict__["int8_state"] = state
     _disable_fused_eval(model)
@@ -193,11 +196,14 @@ def layer_states(model: nn.Module) -> list[LayerState]:
 
 def _decide(model: nn.Module, settings: Settings) -> Iterator[Row]:
     candidates = {name: module for name, module in model.named_modules() if _multiplies(module)}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
     for pattern in settings.skip:
-        if not any(_matches(name, pattern) for name in candidates):
+        if not any(_matches(names[module], pattern) for module in candidates.values()):
             raise ValueError(f"skip: {pattern!r} matches no layer; layers: {', '.join(candidates)}")
     for name, module in candidates.items():
-        skipped = next((f"skip={p!r}" for p in settings.skip if _matches(name, p)), "")
+        skipped = next((f"skip={p!r}" for p in settings.skip if _matches(names[module], p)), "")
         kind, shape = type(module).__name__, _weight_shape(module)
         reason = skipped or _obstacle(name, module)
         decision = "float" if reason else "int8"
@@ -241,10 +247,10 @@ def _obstacle(name: str, module: nn.Module) -> str:
     return ""
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether ``pattern`` is the name of the layer or of a module around it, or a glob of one."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
+def _matches(names: Sequence[str], pattern: str) -> bool:
+    """Whether ``pattern`` is one of the names of the layer or of a module around it, or a glob of one."""
+    paths = [name.split(".") for name in names]
+    return any(fnmatchcase(".".join(path[: i + 1]), pattern) for path in paths for i in range(len(path)))
 
 
 def _weight_shape(module: nn.Module) -> tuple[int, ...]:

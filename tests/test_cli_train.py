@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import runpy
 import subprocess
@@ -25,6 +26,19 @@ from lightning_int8.vision.required import contractions_of_a_run, contractions_o
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHORT = ["--max-steps", "3", "--accelerator", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def undo_what_a_program_sets():
+    """Give later tests the environment and the loggers that they had."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    environment = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture
@@ -172,6 +186,22 @@ def test_config_hands_over_to_lightningcli(tmp_path, monkeypatch, capsys):
     assert "val_accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trainer.plugins.init_args.recipe=nonsense"], "recipe: 'nonsense' is not one of"),
+        (["--trainer.precision=16-mixed"], "Received both `precision=16-mixed` and `plugins="),
+    ],
+)
+def test_a_configuration_that_cannot_be_built_is_an_error_of_the_user(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["train", "--config", str(EXAMPLES / "config.yaml"), "--trainer.accelerator=cpu", *words]) == 2
+    error = capsys.readouterr().err
+    assert "the configuration cannot be built" in error
+    assert message in error
+
+
 def test_the_example_runs_as_a_script(tmp_path, monkeypatch, capsys):
     short = functools.partial(lightning.pytorch.Trainer, limit_train_batches=2, limit_val_batches=1, accelerator="cpu")
     monkeypatch.setattr(lightning.pytorch, "Trainer", short)
@@ -192,6 +222,7 @@ def test_the_example_runs_as_a_script(tmp_path, monkeypatch, capsys):
         (["--devices", "0"], "devices: 0 must be at least 1"),
         (["--max-steps", "0"], "max_steps: 0 must be at least 1"),
         (["--lr", "nan"], "lr: nan must be positive"),
+        (["--lr", "inf"], "lr: inf must be positive and finite"),
         (["--seed", "-1"], "seed: -1 must not be negative"),
         (["--threads", "0"], "--threads: 0 must be at least 1"),
         (["--recipe", "nonsense"], "recipe: 'nonsense' is not one of"),
@@ -285,6 +316,11 @@ def test_a_two_plane_operand_doubles_what_is_required():
     assert mismatches(required, required, wide) == ["a grad_weight: 2 INT8 contractions, 4 required"]
     doubled = {"a": {"output": 3, "grad_input": 2, "grad_weight": 4}}
     assert mismatches(doubled, required, wide) == []
+
+
+def test_no_converted_layer_at_all_is_a_mismatch():
+    required = {"a": {"output": 3, "grad_input": 2, "grad_weight": 2}}
+    assert mismatches({}, required, recipes.get("default")) == ["no layer was converted"]
 
 
 def result(accuracy, step, counted=None, required=None):

@@ -48,7 +48,7 @@ def exact_matmul() -> MatMul | None:
 
 
 def is_exact(matmul: MatMul) -> bool:
-    """Compare with exact float64 arithmetic where saturating instructions betray themselves: ±127 and -128 everywhere."""
+    """Compare with exact float64 arithmetic where saturating instructions betray themselves: at ±127 and -128."""
     for length, (left, right), (rows, cols) in product(_CHECKED_LENGTHS, _SIGNS, _CHECKED_SIZES):
         a = torch.full((rows, length), left * INT8_MAX, dtype=torch.int8)
         b = torch.full((length, cols), right * INT8_MAX, dtype=torch.int8)

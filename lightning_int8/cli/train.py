@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningCLI
 
 from lightning_int8 import Recipe, recipes
 from lightning_int8.backends import CHOICES as BACKENDS
@@ -48,6 +49,17 @@ packages, the current folder and the file's folder.
 
 class UserError(Exception):
     """What the command line asks for cannot be done; the message is all that the user sees."""
+
+
+class ConfiguredTraining(LightningCLI):
+    """LightningCLI that reports a configuration which cannot be built as an error of the user."""
+
+    def instantiate_classes(self) -> None:
+        """Build trainer, model and data."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"the configuration cannot be built: {error}") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -193,8 +205,6 @@ def _config_files(arguments: Sequence[str]) -> list[Path]:
 
 
 def _hand_over(arguments: Sequence[str], files: Sequence[Path]) -> int:
-    from lightning.pytorch.cli import LightningCLI
-
     for file in files:
         if not file.is_file():
             raise UserError(f"--config: {file} does not exist")
@@ -204,5 +214,5 @@ def _hand_over(arguments: Sequence[str], files: Sequence[Path]) -> int:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     given = arguments[0] in LIGHTNING_COMMANDS
     words: list[Any] = list(arguments) if given else ["fit", *arguments]
-    LightningCLI(args=words, parser_kwargs={"prog": "lightning-int8 train"})
+    ConfiguredTraining(args=words, parser_kwargs={"prog": "lightning-int8 train"})
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Mapping
@@ -60,8 +61,8 @@ class Settings:
                 raise ValueError(f"{name}: {getattr(self, name)} must be at least 1")
         if self.max_steps != -1 and self.max_steps < 1:
             raise ValueError(f"max_steps: {self.max_steps} must be at least 1, or -1 for no limit")
-        if not self.lr > 0:
-            raise ValueError(f"lr: {self.lr} must be positive")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr: {self.lr} must be positive and finite")
         if self.seed < 0:
             raise ValueError(f"seed: {self.seed} must not be negative")
 

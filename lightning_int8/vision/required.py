@@ -68,11 +68,11 @@ def mismatches(counted: Contractions, required: Contractions, recipe: Recipe) ->
     """Return one line for each layer and contraction whose INT8 counter is not what autograd required.
 
     Args:
-        counted: Of the converted layers, from ``lightning_int8.gemm_counts``.
+        counted: Of the converted layers, from ``lightning_int8.gemm_counts``; that there are none is a mismatch.
         required: Of every layer.
         recipe: Says how many planes an operand has: two operands of m and n planes make m times n INT8 contractions.
     """
-    lines = []
+    lines = [] if counted else ["no layer was converted"]
     for contraction in CONTRACTIONS:
         spec = getattr(recipe, contraction)
         products = plane_count(spec.lhs.bits) * plane_count(spec.rhs.bits)
