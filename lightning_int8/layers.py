@@ -82,7 +82,9 @@ class _Int8Conv(_Int8Layer):
     def _batched(self, x: Tensor) -> Tensor:
         padding = self._zero_padding()
         if self.padding_mode != "zeros":
-            x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            # The backward pass of padding asks for the shape of its input alone: keep no float copy of it.
+            with torch.autograd.graph.saved_tensors_hooks(_shape_only, _shape_only):
+                x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         channels_last = _is_channels_last(x) or _is_channels_last(self.weight)
         geometry = ConvGeometry(
             input_size=tuple(x.shape[2:]),
@@ -135,3 +137,8 @@ SWAPS: dict[type[nn.Module], type[Any]] = {
 def _is_channels_last(t: Tensor) -> bool:
     """Whether channels are innermost in memory; strides tell, even where sizes of 1 leave a choice."""
     return t.dim() > 3 and t.stride(1) == 1 and t.stride(-1) >= t.shape[1] and t.shape[1:].numel() > 1
+
+
+def _shape_only(t: Tensor) -> Tensor:
+    """A tensor of the same shape in the memory of one element."""
+    return t.new_empty(()).expand(t.shape)

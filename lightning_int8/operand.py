@@ -79,7 +79,9 @@ class Operand:
         if self.clip_value is None:
             return True
         if self.tensor == "w" and (self.spec.range.every == 1 or not update):
-            return True  # weights change under our feet: averaged, loaded, swapped
+            # Weights change under our feet: averaged, loaded, swapped. But not between a checkpointed forward and its
+            # recomputation, which runs inside the backward pass and must find the same range.
+            return torch._C._current_graph_task_id() == -1
         return update and self._refreshed != self._clock.steps and self._clock.due(self.spec.range.every)
 
     def _measure(self, x: Tensor) -> Tensor:

@@ -1,0 +1,234 @@
+"""Two processes on one machine. Run as a script, this file is the program that both of them execute."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Digits, same
+from lightning.fabric import Fabric
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lightning_int8 import Int8Precision, backends
+from lightning_int8.fabric import Int8Precision as FabricInt8Precision
+from lightning_int8.rewrite import conversion_of, layer_states
+
+REFRESH = 2
+STEPS_PER_EPOCH = 3
+
+
+class Branching(Digits):
+    """Has a layer that only the first process calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(10, 10)
+
+    def forward(self, x):
+        y = self.net(x)
+        return y + self.extra(y) if self.global_rank == 0 else y
+
+
+class TwoOptimizers(Digits):
+    """Body and head take turns, so that each sees every other step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net[:4], self.net[4:])]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another one, as Lookahead, SAM and the zero-redundancy optimizer are."""
+
+    def __init__(self, inner):
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class Wrapped(Digits):
+    def configure_optimizers(self):
+        return Wrapper(torch.optim.SGD(self.parameters(), 0.05))
+
+
+def clip_values(model):
+    return {
+        f"{s.name} {o.slot}": None if o.clip_value is None else o.clip_value.clone()
+        for s in layer_states(model)
+        for o in s.distinct_operands()
+        if o.tensor != "w"
+    }
+
+
+def fit(model, sync_clip="max", ckpt_path=None, save_to=None, strategy="ddp", **arguments):
+    plugin = Int8Precision(refresh=REFRESH, sync_clip=sync_clip)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "limit_val_batches": 0}
+    trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, plugins=[plugin], **quiet, **arguments)
+    trainer.fit(model, ckpt_path=ckpt_path)
+    if save_to is not None:
+        trainer.save_checkpoint(save_to)
+    keys = [o.key.clone() for s in layer_states(model) for o in s.distinct_operands()]
+    return copy.deepcopy(
+        {
+            "weights": dict(model.state_dict()),
+            "clip values": clip_values(model),
+            "keys": keys,
+            "optimizer": [o.state_dict() for o in trainer.optimizers],
+            "plugin": plugin.state_dict(),
+            "steps": conversion_of(model).clock.steps,
+        }
+    )
+
+
+def planes_of_one_gradient(model):
+    """What this process makes of a gradient that is the same in both."""
+    operand = layer_states(model)[0].operands["grad_weight.lhs"]
+    g = torch.linspace(-1, 1, 1000).reshape(10, 100)
+    return backends.load("onednn").quantize(g, g.abs().max(), operand.spec, None, operand.key).planes[0].data
+
+
+def fit_with_fabric():
+    precision = FabricInt8Precision(refresh=REFRESH)
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[precision])
+    fabric.launch()
+    net = Digits().net
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), 0.05))
+    for images, labels in fabric.setup_dataloaders(Digits().train_dataloader()):
+        optimizer.zero_grad()
+        fabric.backward(nn.functional.cross_entropy(model(images), labels))
+        optimizer.step()
+    keys = [o.key for s in layer_states(net) for o in s.distinct_operands()]
+    return {"weights": dict(net.state_dict()), "clip values": clip_values(net), "keys": keys}
+
+
+def main(folder):
+    torch.set_num_threads(1)
+    results = {f"one step, {mode}": fit(Digits(), mode, max_steps=1) for mode in ("max", "mean", "local")}
+    results |= {f"long, {mode}": fit(Digits(), mode, max_epochs=3) for mode in ("mean", "local")}
+
+    model = Digits()
+    results["long, max"] = fit(model, max_epochs=3)
+    results["planes"] = planes_of_one_gradient(model)
+    fit(Digits(), max_epochs=1, save_to=folder / "a.ckpt")
+    results["resumed"] = fit(Digits(seed=9), max_epochs=3, ckpt_path=folder / "a.ckpt")
+
+    results["accumulated"] = fit(Digits(), max_epochs=2, accumulate_grad_batches=3)
+    results["branching"] = fit(Branching(), max_epochs=1, strategy="ddp_find_unused_parameters_true")
+    results["two optimizers"] = fit(TwoOptimizers(), max_epochs=2)
+    results["wrapped optimizer"] = fit(Wrapped(), max_epochs=2)
+    results["fabric"] = fit_with_fabric()
+    torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of the two processes ended with."""
+    folder = tmp_path_factory.mktemp("ddp")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder)], env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-5000:]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+ALL = ["one step, max", "one step, mean", "one step, local", "long, max", "long, mean", "long, local"]
+ALL += ["resumed", "accumulated", "branching", "two optimizers", "wrapped optimizer", "fabric"]
+
+
+def batch_norm_aside(weights):
+    """Running statistics are each process's own, with or without this package."""
+    return {name: value for name, value in weights.items() if "running" not in name}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ALL)
+def test_weights_are_equal_on_all_ranks(ranks, run):
+    first, second = (batch_norm_aside(r[run]["weights"]) for r in ranks)
+    assert same(first, second)
+    assert all(value.isfinite().all() for value in first.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["one step, max", "one step, mean", "long, max", "long, mean", "accumulated"])
+def test_clip_values_are_equal_on_all_ranks(ranks, run):
+    first, second = (r[run]["clip values"] for r in ranks)
+    assert same(first, second)
+    assert all(value > 0 for value in first.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["branching", "two optimizers", "wrapped optimizer", "fabric"])
+def test_clip_values_are_equal_however_the_optimizer_is_called(ranks, run):
+    assert same(ranks[0][run]["clip values"], ranks[1][run]["clip values"])
+
+
+@pytest.mark.slow
+def test_local_clip_values_stay_apart(ranks):
+    first, second = (r["long, local"]["clip values"] for r in ranks)
+    equal = [name for name in first if torch.equal(first[name], second[name])]
+    assert equal == ["net.0 output.lhs"]  # the brightest pixel is 1.0 in every half of every batch
+
+
+@pytest.mark.slow
+def test_ranks_agree_on_the_maximum_or_the_mean_of_what_they_measured(ranks):
+    """All three runs take the same first step, each rank with its own clip values."""
+    for name in ranks[0]["one step, local"]["clip values"]:
+        measured = torch.stack([r["one step, local"]["clip values"][name] for r in ranks])
+        assert torch.equal(ranks[0]["one step, max"]["clip values"][name], measured.max())
+        assert torch.equal(ranks[0]["one step, mean"]["clip values"][name], measured.mean())
+
+
+@pytest.mark.slow
+def test_a_layer_that_one_rank_never_called_takes_the_others_clip_value(ranks):
+    assert ranks[1]["branching"]["clip values"]["extra output.lhs"] > 0
+
+
+@pytest.mark.slow
+def test_each_rank_draws_its_own_noise(ranks):
+    for run in ("long, max", "resumed", "fabric"):
+        for rank, result in enumerate(ranks):
+            assert all(key[1] == rank for key in result[run]["keys"])
+    first, second = (r["planes"].int() for r in ranks)
+    assert (first - second).abs().max() == 1
+    assert 0.1 < (first != second).float().mean() < 0.9
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_bit_for_bit(ranks):
+    """From the checkpoint of the first process, after one epoch of three."""
+    for result in ranks:
+        assert same(batch_norm_aside(result["resumed"]["weights"]), batch_norm_aside(result["long, max"]["weights"]))
+        assert same(result["resumed"]["optimizer"], result["long, max"]["optimizer"])
+        assert same(result["resumed"]["plugin"], result["long, max"]["plugin"])
+
+
+@pytest.mark.slow
+def test_only_steps_of_the_optimizer_count(ranks):
+    runs = ("long, max", "accumulated", "wrapped optimizer")
+    assert {run: ranks[0][run]["steps"] for run in runs} == {
+        "long, max": 3 * STEPS_PER_EPOCH,
+        "accumulated": 2,
+        "wrapped optimizer": 2 * STEPS_PER_EPOCH,
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
