@@ -97,7 +97,7 @@ def measure(settings: Settings, images: ImageSet, name: str) -> dict[str, Any]:
     return entry | {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": _command(),
     }
 
 
@@ -181,6 +181,14 @@ def _write(path: Path, record: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(unfinished, path)
+
+
+def _command() -> str:
+    """Return the command line, without the folder of the images: it lies elsewhere on another machine."""
+    words = ["python", *sys.argv]
+    if "--root" in words:
+        words[words.index("--root") + 1] = "DIR"
+    return shlex.join(words)
 
 
 def _commit() -> str:

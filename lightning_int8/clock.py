@@ -13,13 +13,18 @@ _clocks: weakref.WeakSet[Clock] = weakref.WeakSet()
 class Clock:
     """Counts optimizer steps, whoever calls the optimizer; forward passes and micro-batches do not count.
 
+    Any optimizer of the process may be this model's, so a step counts for every model that ran a training forward since
+    the last one: another model that trains in between does not count.
+
     Attributes:
         steps: Optimizer steps since conversion.
+        running: Whether a training forward ran since the last step.
         refresh: Interval, in optimizer steps, of the range rules that name none.
     """
 
     def __init__(self, refresh: int) -> None:
         self.steps = 0
+        self.running = False
         self.refresh = refresh
         _clocks.add(self)
 
@@ -28,20 +33,22 @@ class Clock:
         self.__dict__.update(state)
         _clocks.add(self)
 
-    def due(self, every: int | None, step: int | None = None) -> bool:
-        """Whether ``step`` (the current one by default) refreshes a rule: each ``every`` steps.
+    def last_due(self, every: int | None, step: int) -> int:
+        """The last step up to ``step`` that refreshes a rule: each ``every`` steps (None: ``refresh``).
 
         Ranges move fastest at the start, so steps 1, 2, 4, 8, ... before the first interval refresh too. The answer
         depends on the step alone, so that all ranks agree on it.
         """
         every = every or self.refresh
-        step = self.steps if step is None else step
-        return step % every == 0 or (step < every and step & (step - 1) == 0)
+        if step >= every:
+            return step - step % every
+        return 1 << (step.bit_length() - 1) if step else 0
 
 
 def _tick(*_: Any) -> None:
     for clock in _clocks:
-        clock.steps += 1
+        clock.steps += clock.running
+        clock.running = False
 
 
 register_optimizer_step_post_hook(_tick)

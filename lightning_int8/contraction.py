@@ -22,6 +22,7 @@ class LayerState:
         name: Name of the layer in the model that was converted.
         recipe: Its numerics.
         backend: Choice of backend, resolved at each call by the device of the input.
+        clock: Steps of the model, shared by its layers.
         operands: Operand of each slot; slots may share one.
         counts: Contractions executed.
         train_calls: Forward passes of training that had something to compute.
@@ -31,6 +32,7 @@ class LayerState:
         self.name = name
         self.recipe = recipe
         self.backend = backend
+        self.clock = clock
         self.operands = make_operands(recipe, name, layer, clock, seed)
         self.counts = Counts()
         self.train_calls = 0

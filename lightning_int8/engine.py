@@ -13,6 +13,7 @@ from lightning_int8.contraction import LayerState
 from lightning_int8.operand import Operand
 from lightning_int8.report import ConversionReport, execution_table, with_routes
 from lightning_int8.rewrite import Conversion, Settings, conversion_of, convert_with, layer_states
+from lightning_int8.spec import Recipe
 from lightning_int8.sync import SYNC_CLIP, agree_on_clip_values
 
 HIGH_PRECISION = ("32-true", "bf16-mixed", "16-mixed")
@@ -28,6 +29,9 @@ class Engine:
     Args:
         settings: Arguments of the conversion.
         sync_clip: How ranks agree on clip values after a refresh: "max", "mean", or "local" for not at all.
+
+    Attributes:
+        optimizers: Number of optimizers that may take turns.
     """
 
     def __init__(self, settings: Settings, sync_clip: str = "max") -> None:
@@ -35,6 +39,7 @@ class Engine:
             raise ValueError(f"sync_clip: {sync_clip!r} is not one of {', '.join(SYNC_CLIP)}")
         self.settings = settings
         self.sync_clip = sync_clip
+        self.optimizers = 1
         self._conversion: Conversion | None = None
         self._states: list[LayerState] = []
         self._seen_steps = 0
@@ -46,9 +51,9 @@ class Engine:
         _refuse_sharded(model)
         convert_with(model, self.settings)
         conversion = conversion_of(model)
+        self._states = layer_states(model)
         if conversion is not self._conversion:
             self._conversion = conversion
-            self._states = layer_states(model)
             self._seen_steps = self._summarised_steps = self.clock.steps
 
     @property
@@ -90,7 +95,9 @@ class Engine:
                 )
         if self.sync_clip != "local" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             operands = [o for s in self._states for o in s.distinct_operands() if o.tensor != "w"]
-            if any(self.clock.due(o.spec.range.every, step) for o in operands for step in finished):
+            # With several optimizers that take turns a layer may refresh as many steps after it was due.
+            late = range(self.optimizers)
+            if any(s - self.clock.last_due(o.spec.range.every, s) in late for o in operands for s in finished):
                 agree_on_clip_values(operands, self.sync_clip)
 
     def follow_loss_scale(self, loss_scale: float) -> None:
@@ -116,6 +123,7 @@ class Engine:
         return {
             "version": STATE_VERSION,
             "recipe": self.settings.recipe.name,
+            "numerics": repr(self.settings.recipe),
             "steps": self.clock.steps,
             "loss_scale": self._loss_scale,
             "layers": {s.name: {o.slot: o.state_dict() for o in s.distinct_operands()} for s in self._states},
@@ -136,22 +144,23 @@ class Engine:
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise the error of ``load_state_dict``, if any, and change nothing."""
-        _check_state(state, self.settings.recipe.name, self._slots())
+        _check_state(state, self.settings.recipe, self._slots())
 
     def _slots(self) -> dict[tuple[str, str], Operand]:
         return {(s.name, o.slot): o for s in self._states for o in s.distinct_operands()}
 
 
-def _check_state(state: Any, recipe: str, own: dict[tuple[str, str], Operand]) -> None:
+def _check_state(state: Any, recipe: Recipe, own: dict[tuple[str, str], Operand]) -> None:
     if not isinstance(state, dict) or "version" not in state:
         raise ValueError("INT8 plugin state: field 'version' is missing: this is not the state of an INT8 plugin")
     if state["version"] != STATE_VERSION:
         raise ValueError(f"INT8 plugin state: version: {state['version']!r} where this version reads {STATE_VERSION}")
-    for field in ("recipe", "steps", "loss_scale", "layers"):
+    for field in ("recipe", "numerics", "steps", "loss_scale", "layers"):
         if field not in state:
             raise ValueError(f"INT8 plugin state: field {field!r} is missing: the state is truncated")
-    if state["recipe"] != recipe:
-        raise ValueError(f"INT8 plugin state: recipe: {state['recipe']!r} was saved, {recipe!r} is in use")
+    for field, value in (("recipe", recipe.name), ("numerics", repr(recipe))):
+        if state[field] != value:
+            raise ValueError(f"INT8 plugin state: {field}: {state[field]!r} was saved, {value!r} is in use")
     steps, loss_scale, layers = state["steps"], state["loss_scale"], state["layers"]
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"INT8 plugin state: steps: {steps!r} does not fit")

@@ -19,7 +19,9 @@ class _Int8Layer(nn.Module):
 
     int8_state: LayerState
 
-    def _check(self, x: Tensor, channel_axis: int, channels: int) -> None:
+    def _enter(self, x: Tensor, channel_axis: int, channels: int) -> None:
+        """Check the input; tell the clock that the model is running, be it on an empty batch."""
+        self.int8_state.clock.running |= self.training or torch.is_grad_enabled()
         name = self.int8_state.name
         if x.dtype not in FLOAT_DTYPES:
             raise TypeError(
@@ -42,7 +44,7 @@ class Int8Linear(_Int8Layer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
-        self._check(x, -1, self.in_features)
+        self._enter(x, -1, self.in_features)
         if x.numel() == 0 or self.out_features == 0:
             return super().forward(x)  # nothing to multiply: only the shape and the graph are wanted
         rows = x.reshape(-1, self.in_features)
@@ -72,7 +74,7 @@ class _Int8Conv(_Int8Layer):
                 f"layer {self.int8_state.name!r}: input shape: {tuple(x.shape)} has {x.dim()} axes where the layer "
                 f"takes {spatial + 1} (unbatched) or {spatial + 2}"
             )
-        self._check(x, -1 - spatial, self.in_channels)
+        self._enter(x, -1 - spatial, self.in_channels)
         if x.numel() == 0:
             return super().forward(x)
         if x.dim() == spatial + 1:

@@ -39,6 +39,7 @@ class Operand:
         self.key = torch.tensor([seed, 0, 0], dtype=torch.int64)
         self._clock = clock
         self._refreshed = -1
+        self._before_refresh: Tensor | None = None
 
     def draw(self, fresh: bool) -> Tensor:
         """The key of one call.
@@ -67,11 +68,17 @@ class Operand:
         if not self._due(update):
             assert self.clip_value is not None
             return self.clip_value
-        measured = self._measure(x)
+        again = self._refreshed == self._clock.steps
+        previous = self._before_refresh if again else self.clip_value
+        measured = self._measure(x, previous)
+        if again and self.tensor != "w" and update:
+            # Another micro-batch, or a layer used twice: one range for all that the step brings.
+            assert self.clip_value is not None
+            measured = torch.maximum(measured, self.clip_value)
         # The host waits here, at a refresh and nowhere else. A range that is not finite shows in this call's output
         # and is forgotten, and so is one of zeros, which would clip all that follows: the next call measures again.
         if update and bool(torch.isfinite(measured).all() & (measured > 0).any()):
-            self.clip_value = measured
+            self._before_refresh, self.clip_value = previous, measured
             self._refreshed = self._clock.steps
         return measured
 
@@ -82,10 +89,13 @@ class Operand:
             # Weights change under our feet: averaged, loaded, swapped. But not between a checkpointed forward and its
             # recomputation, which runs inside the backward pass and must find the same range.
             return torch._C._current_graph_task_id() == -1
-        return update and self._refreshed != self._clock.steps and self._clock.due(self.spec.range.every)
+        steps = self._clock.steps
+        missed = self._refreshed < self._clock.last_due(self.spec.range.every, steps)
+        return update and (missed or self._refreshed == steps)
 
-    def _measure(self, x: Tensor) -> Tensor:
-        rule, previous = self.spec.range, self.clip_value
+    def _measure(self, x: Tensor, previous: Tensor | None) -> Tensor:
+        rule = self.spec.range
+        previous = None if previous is None else previous.to(x.device)
         if not self.spec.affine:
             return rule.clip_value(x, self.axis, previous)
         parts = ((-x).clamp(min=0), x.clamp(min=0))

@@ -90,6 +90,7 @@ class Int8Precision(MixedPrecision, *twin_precision("pytorch_lightning")):  # ty
         # A wrapper such as DDP keeps the LightningModule in `module`, a name that a LightningModule may use itself.
         module = model if hasattr(model, "_trainer") else getattr(model, "module", model)
         trainer = getattr(module, "_trainer", None)
+        self._engine.optimizers = max(1, len(optimizers))
         self._engine.set_rank(0 if trainer is None else trainer.global_rank)
         self._report = self._engine.report(module)
         if trainer is not None and trainer.training:

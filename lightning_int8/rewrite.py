@@ -146,11 +146,10 @@ def convert(
 def convert_with(model: nn.Module, settings: Settings) -> ConversionReport:
     """``convert`` with checked arguments."""
     earlier = conversion_of(model)
-    if earlier is not None:
-        if earlier.settings != settings:
-            raise ValueError(f"the model was converted before with {earlier.settings}; call restore(model) first")
-        return earlier.report
-    rows = tuple(_decide(model, settings))
+    if earlier is not None and earlier.settings != settings:
+        raise ValueError(f"the model was converted before with {earlier.settings}; call restore(model) first")
+    clock = Clock(settings.refresh) if earlier is None else earlier.clock
+    rows = tuple(_decide(model, settings, clock))
     report = ConversionReport(settings.recipe.name, rows)
     if not report.converted:
         found = {r.kind for r in rows} or {type(m).__name__ for m in model.modules()}
@@ -158,18 +157,21 @@ def convert_with(model: nn.Module, settings: Settings) -> ConversionReport:
             f"nothing to convert: the model has no {', '.join(t.__name__ for t in SWAPS)} layer that may run INT8; "
             f"found: {', '.join(sorted(found))}"
         )
-    clock = Clock(settings.refresh)
     modules = dict(model.named_modules())
-    for name in report.converted:
+    # A layer that came after an earlier conversion, such as a new head for fine-tuning, is converted now.
+    for name in (name for name in report.converted if type(modules[name]) in SWAPS):
         module = modules[name]
         with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller's context makes of new tensors
             state = LayerState(name, module, settings.recipe, settings.backend, clock, settings.seed)
         module.__class__ = SWAPS[type(module)]
         module.__dict__["int8_state"] = state
     _disable_fused_eval(model)
-    conversion = Conversion(settings, clock, with_routes(report, model))
-    model.__dict__[_CONVERSION] = conversion
-    return conversion.report
+    report = with_routes(report, model)
+    if earlier is None:
+        model.__dict__[_CONVERSION] = Conversion(settings, clock, report)
+    else:
+        earlier.report = report
+    return report
 
 
 def restore(model: nn.Module) -> None:
@@ -194,7 +196,7 @@ def layer_states(model: nn.Module) -> list[LayerState]:
     return [m.__dict__["int8_state"] for m in model.modules() if type(m) in FLOAT_CLASSES]
 
 
-def _decide(model: nn.Module, settings: Settings) -> Iterator[Row]:
+def _decide(model: nn.Module, settings: Settings, clock: Clock) -> Iterator[Row]:
     candidates = {name: module for name, module in model.named_modules() if _multiplies(module)}
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -204,8 +206,8 @@ def _decide(model: nn.Module, settings: Settings) -> Iterator[Row]:
             raise ValueError(f"skip: {pattern!r} matches no layer; layers: {', '.join(candidates)}")
     for name, module in candidates.items():
         skipped = next((f"skip={p!r}" for p in settings.skip if _matches(names[module], p)), "")
-        kind, shape = type(module).__name__, _weight_shape(module)
-        reason = skipped or _obstacle(name, module)
+        kind, shape = FLOAT_CLASSES.get(type(module), type(module)).__name__, _weight_shape(module)
+        reason = skipped or _obstacle(name, module, clock)
         decision = "float" if reason else "int8"
         yield Row(name=name, kind=kind, shape=shape, decision=decision, reason=reason or "converted")
 
@@ -220,9 +222,11 @@ def _multiplies(module: nn.Module) -> bool:
     return not list(module.children()) and any(p is not None and p.dim() >= 2 for p in own if not _lazy(p))
 
 
-def _obstacle(name: str, module: nn.Module) -> str:
+def _obstacle(name: str, module: nn.Module, clock: Clock) -> str:
     """Why the layer must stay in float, or an empty string."""
     if type(module) in FLOAT_CLASSES:
+        if module.__dict__["int8_state"].clock is clock:
+            return ""
         raise ValueError(f"layer {name!r} was converted before, as part of another module; call restore on that first")
     for kind, reason in UNSUPPORTED.items():
         if isinstance(module, kind):

@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from conftest import Digits, same
 from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
 from lightning_int8 import Int8Precision, backends
@@ -50,6 +52,19 @@ class TwoOptimizers(Digits):
         return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net[:4], self.net[4:])]
 
 
+class Uneven(Digits):
+    """In the first step, one process has no image to train on."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        count = 0 if batch_idx == 0 and self.global_rank == 1 else len(labels)
+        return nn.functional.cross_entropy(self(images[:count]), labels[:count], reduction="sum")
+
+
 class Wrapper(torch.optim.Optimizer):
     """An optimizer around another one, as Lookahead, SAM and the zero-redundancy optimizer are."""
 
@@ -75,8 +90,9 @@ def clip_values(model):
     }
 
 
-def fit(model, sync_clip="max", ckpt_path=None, save_to=None, strategy="ddp", **arguments):
+def fit(model, sync_clip="max", ckpt_path=None, save_to=None, unused=False, **arguments):
     plugin = Int8Precision(refresh=REFRESH, sync_clip=sync_clip)
+    strategy = DDPStrategy(timeout=timedelta(seconds=60), find_unused_parameters=unused)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "limit_val_batches": 0}
     trainer = Trainer(accelerator="cpu", devices=2, strategy=strategy, plugins=[plugin], **quiet, **arguments)
@@ -129,24 +145,36 @@ def main(folder):
     results["resumed"] = fit(Digits(seed=9), max_epochs=3, ckpt_path=folder / "a.ckpt")
 
     results["accumulated"] = fit(Digits(), max_epochs=2, accumulate_grad_batches=3)
-    results["branching"] = fit(Branching(), max_epochs=1, strategy="ddp_find_unused_parameters_true")
+    results["branching"] = fit(Branching(), max_epochs=1, unused=True)
     results["two optimizers"] = fit(TwoOptimizers(), max_epochs=2)
     results["wrapped optimizer"] = fit(Wrapped(), max_epochs=2)
     results["fabric"] = fit_with_fabric()
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
+    # Last, since ranks that do not agree when to talk would wait for each other.
+    torch.save(fit(Uneven(), max_epochs=2), folder / f"uneven {torch.distributed.get_rank()}.pt")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each of the two processes ended with."""
+def folder(tmp_path_factory):
+    """Where each of the two processes left what it ended with."""
     folder = tmp_path_factory.mktemp("ddp")
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     env |= {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    done = subprocess.run(
-        [sys.executable, __file__, str(folder)], env=env, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    with open(folder / "log", "w") as log:
+        command = [sys.executable, __file__, str(folder)]
+        subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, timeout=400, check=False)
+    return folder
+
+
+def load(folder, name):
+    paths = [folder / f"{name}{rank}.pt" for rank in (0, 1)]
+    assert all(path.exists() for path in paths), (folder / "log").read_text()[-5000:]
+    return [torch.load(path, weights_only=True) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return load(folder, "")
 
 
 ALL = ["one step, max", "one step, mean", "one step, local", "long, max", "long, mean", "long, local"]
@@ -199,6 +227,14 @@ def test_ranks_agree_on_the_maximum_or_the_mean_of_what_they_measured(ranks):
 @pytest.mark.slow
 def test_a_layer_that_one_rank_never_called_takes_the_others_clip_value(ranks):
     assert ranks[1]["branching"]["clip values"]["extra output.lhs"] > 0
+
+
+@pytest.mark.slow
+def test_a_rank_without_data_in_one_step_keeps_in_step(folder):
+    first, second = load(folder, "uneven ")
+    assert same(first["weights"], second["weights"])
+    assert same(first["clip values"], second["clip values"])
+    assert first["steps"] == second["steps"] == 2 * STEPS_PER_EPOCH
 
 
 @pytest.mark.slow

@@ -132,6 +132,22 @@ def test_two_models_of_one_fabric_each_have_their_state():
     assert same(other.state_dict(), before)
 
 
+def test_a_state_that_fits_one_model_of_two_changes_neither():
+    def two(heads):
+        precision = Int8Precision()
+        fabric = Fabric(accelerator="cpu", plugins=[precision])
+        first = fabric.setup(network())
+        fabric.setup(nn.Sequential(*(nn.Linear(10, 2) for _ in range(heads))))
+        fabric.backward(first(torch.randn(4, 1, 8, 8)).sum())
+        return precision
+
+    state, other = two(heads=1).state_dict(), two(heads=2)
+    before = other.state_dict()
+    with pytest.raises(ValueError, match="layer '1'"):
+        other.load_state_dict(state)
+    assert same(other.state_dict(), before)
+
+
 def test_setting_up_the_same_model_twice_is_once():
     precision, model = Int8Precision(), network()
     fabric = Fabric(accelerator="cpu", plugins=[precision])

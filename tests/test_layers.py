@@ -25,7 +25,7 @@ SQNR_FLOOR_DB = {
     "conv2d strided dilated": (38.0, 35.0, 33.6),
     "conv2d groups": (37.6, 34.3, 33.1),
     "conv2d depthwise": (37.6, 34.7, 33.1),
-    "conv2d depthwise multiplier 2": (37.6, 34.7, 33.1),
+    "conv2d depthwise multiplier 2": (38.2, 34.3, 32.8),
     "conv2d same even": (38.2, 35.0, 33.8),
     "conv2d valid": (38.1, 35.1, 33.6),
     "conv2d reflect": (38.1, 35.0, 33.9),
@@ -540,9 +540,11 @@ def twice(layer, x):
     return checkpoint(layer, checkpoint(layer, x, use_reentrant=False), use_reentrant=False)
 
 
-def test_recomputation_of_a_shared_layer_repeats_the_range():
-    plain = train("default", lambda layer, x: layer(layer(x)))
-    assert all(torch.equal(a, b) for a, b in zip(plain, train("default", twice), strict=True))
+def test_recomputation_of_a_shared_layer_finds_the_range_of_all_its_calls():
+    """In a step that measures, a later call may widen the range that the first one used: equal up to quantization."""
+    plain = train("default", lambda layer, x: layer(layer(x)), steps=2)
+    for a, b in zip(plain, train("default", twice, steps=2), strict=True):
+        assert (a - b).norm() < 0.03 * a.norm()
 
 
 @pytest.mark.xfail(reason="each recomputation repeats the layer's last draw, whichever call it recomputes")

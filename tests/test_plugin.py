@@ -342,9 +342,9 @@ def test_two_optimizers_in_manual_optimization(make_trainer):
     assert accuracy(trainer, model) > 0.7
 
 
-@pytest.mark.parametrize(("high_precision", "steps"), [("32-true", BATCHES), ("16-mixed", BATCHES // 2)])
-def test_a_training_step_may_leave_a_batch_out(high_precision, steps, make_trainer):
-    """Lightning calls the optimizer all the same, unless there is a gradient scaler."""
+@pytest.mark.parametrize("high_precision", ["32-true", "16-mixed"])
+def test_a_training_step_may_leave_a_batch_out(high_precision, make_trainer):
+    """Lightning calls the optimizer all the same; a step counts where the model ran."""
 
     class Picky(Digits):
         def training_step(self, batch, batch_idx):
@@ -353,7 +353,7 @@ def test_a_training_step_may_leave_a_batch_out(high_precision, steps, make_train
     model = Picky()
     make_trainer(Int8Precision(high_precision=high_precision)).fit(model)
     assert gemm_counts(model)["net.5"]["grad_weight"] == BATCHES // 2
-    assert conversion_of(model).clock.steps == steps
+    assert conversion_of(model).clock.steps == BATCHES // 2
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "LBFGS"])

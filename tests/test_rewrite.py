@@ -222,6 +222,15 @@ def test_the_report_is_a_table_and_json():
     ]
 
 
+def test_only_integer_contractions_are_counted():
+    model = network()
+    report = convert(model, backend="reference")
+    train_step(model, images())
+    assert all("no INT8" in row.route for row in report.rows)
+    assert all(count == 0 for counts in gemm_counts(model).values() for count in counts.values())
+    assert all(state.counts.of("output") == 1 for state in layer_states(model))
+
+
 # --- transformers: torch's fused evaluation path goes around the layers ----------------------------------------------
 
 
