@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.precision import MixedPrecision
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_int8.engine import HIGH_PRECISION, Engine
 from lightning_int8.hosts import twin_precision
@@ -58,6 +60,7 @@ class Int8Precision(MixedPrecision, *twin_precision("lightning_fabric")):  # typ
         self._desired_input_dtype = torch.float16 if high_precision == "16-mixed" else torch.bfloat16
         self.scaler: torch.amp.GradScaler | None = None
         self._models: list[tuple[nn.Module, Engine]] = []
+        self._optimizers: WeakSet[Optimizer] = WeakSet()
 
     @property
     def reports(self) -> list[ConversionReport]:
@@ -95,7 +98,9 @@ class Int8Precision(MixedPrecision, *twin_precision("lightning_fabric")):  # typ
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step, then agree on clip values."""
         result = super().optimizer_step(optimizer, **kwargs)
+        self._optimizers.add(optimizer)
         for _, engine in self._models:
+            engine.optimizers = len(self._optimizers)
             engine.after_step(self._loss_scale())
         return result
 

@@ -158,9 +158,12 @@ def convert_with(model: nn.Module, settings: Settings) -> ConversionReport:
             f"found: {', '.join(sorted(found))}"
         )
     modules = dict(model.named_modules())
-    # A layer that came after an earlier conversion, such as a new head for fine-tuning, is converted now.
-    for name in (name for name in report.converted if type(modules[name]) in SWAPS):
+    for name in report.converted:
         module = modules[name]
+        if type(module) in FLOAT_CLASSES:
+            module.__dict__["int8_state"].name = name  # it may have moved since
+            continue
+        # All of them, or one that came after an earlier conversion, such as a new head for fine-tuning.
         with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller's context makes of new tensors
             state = LayerState(name, module, settings.recipe, settings.backend, clock, settings.seed)
         module.__class__ = SWAPS[type(module)]

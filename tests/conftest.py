@@ -1,5 +1,9 @@
 """What several test files share: a small network on real digits, a quiet Trainer, and exact comparison."""
 
+import torchvision_without_ops  # noqa: F401 - first, since lightning imports torchvision where it is installed
+
+# isort: split
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer

@@ -120,8 +120,7 @@ def planes_of_one_gradient(model):
 
 
 def fit_with_fabric():
-    precision = FabricInt8Precision(refresh=REFRESH)
-    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[precision])
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[FabricInt8Precision(refresh=REFRESH)])
     fabric.launch()
     net = Digits().net
     model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), 0.05))
@@ -131,6 +130,27 @@ def fit_with_fabric():
         optimizer.step()
     keys = [o.key for s in layer_states(net) for o in s.distinct_operands()]
     return {"weights": dict(net.state_dict()), "clip values": clip_values(net), "keys": keys}
+
+
+def fit_adversaries_with_fabric():
+    """A generator and a critic take turns: the generator has a gradient in every other step only."""
+    fabric = Fabric(accelerator="cpu", devices=2, strategy="ddp", plugins=[FabricInt8Precision(refresh=4)])
+    fabric.launch()
+    torch.manual_seed(0)
+    nets = [nn.Linear(8, 64), nn.Linear(64, 1)]
+    generator, optimizer_g = fabric.setup(nets[0], torch.optim.SGD(nets[0].parameters(), 0.01))
+    critic, optimizer_c = fabric.setup(nets[1], torch.optim.SGD(nets[1].parameters(), 0.01))
+    torch.manual_seed(1 + fabric.global_rank)
+    for _ in range(10):
+        with torch.no_grad():
+            made = generator(torch.randn(16, 8))
+        for optimizer, sign in ((optimizer_c, -1), (optimizer_g, 1)):
+            made = made if optimizer is optimizer_c else generator(torch.randn(16, 8))
+            optimizer_c.zero_grad()
+            optimizer_g.zero_grad()
+            fabric.backward(sign * critic(made).square().mean())
+            optimizer.step()
+    return {"weights": dict(nets[0].state_dict()), "clip values": clip_values(nets[0])}
 
 
 def main(folder):
@@ -149,6 +169,7 @@ def main(folder):
     results["two optimizers"] = fit(TwoOptimizers(), max_epochs=2)
     results["wrapped optimizer"] = fit(Wrapped(), max_epochs=2)
     results["fabric"] = fit_with_fabric()
+    results["fabric, adversaries"] = fit_adversaries_with_fabric()
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
     # Last, since ranks that do not agree when to talk would wait for each other.
     torch.save(fit(Uneven(), max_epochs=2), folder / f"uneven {torch.distributed.get_rank()}.pt")
@@ -178,7 +199,7 @@ def ranks(folder):
 
 
 ALL = ["one step, max", "one step, mean", "one step, local", "long, max", "long, mean", "long, local"]
-ALL += ["resumed", "accumulated", "branching", "two optimizers", "wrapped optimizer", "fabric"]
+ALL += ["resumed", "accumulated", "branching", "two optimizers", "wrapped optimizer", "fabric", "fabric, adversaries"]
 
 
 def batch_norm_aside(weights):
@@ -203,7 +224,7 @@ def test_clip_values_are_equal_on_all_ranks(ranks, run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["branching", "two optimizers", "wrapped optimizer", "fabric"])
+@pytest.mark.parametrize("run", ["branching", "two optimizers", "wrapped optimizer", "fabric", "fabric, adversaries"])
 def test_clip_values_are_equal_however_the_optimizer_is_called(ranks, run):
     assert same(ranks[0][run]["clip values"], ranks[1][run]["clip values"])
 

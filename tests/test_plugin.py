@@ -166,6 +166,22 @@ def test_fine_tuning_with_a_new_head(make_trainer):
     assert gemm_counts(model)["net.5"]["grad_weight"] == BATCHES
 
 
+def test_layers_that_move_to_other_names_resume_under_these(make_trainer, tmp_path):
+    def grow(model):
+        model.net.insert(4, nn.Linear(512, 512))
+        return model
+
+    model, plugin = Digits(), Int8Precision()
+    make_trainer(plugin).fit(model)
+    trainer = make_trainer(plugin)
+    trainer.fit(grow(model))
+    assert (
+        plugin.report.converted == list(plugin.state_dict()["int8"]["layers"]) == ["net.0", "net.4", "net.5", "net.6"]
+    )
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    make_trainer(Int8Precision(), max_epochs=2).fit(grow(Digits()), ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_fine_tuning_with_a_frozen_body(make_trainer):
     model = Digits()
     model.net[0].requires_grad_(False)
