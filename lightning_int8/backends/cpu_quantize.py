@@ -42,10 +42,12 @@ def quantize(x: Tensor, m: AffineMap, spec: OperandSpec, axis: int | None, key: 
     zero = torch.zeros_like(m.scale) if m.zero is None else m.zero
     maps = [v.to(torch.float32).expand(count).numpy() for v in (m.low, m.high, m.inverse, zero)]
     keys = np.array(mix_key(*key.tolist()), dtype=np.uint32)
-    finite = _PASSES[by_column, spec.rounding == "stochastic"](
+    fused_pass = _quantize_columns if by_column else _quantize_rows
+    finite = fused_pass(
         values.view(rows, cols).numpy(),
         *(np.ascontiguousarray(v) for v in maps),
         np.float32(largest_integer(spec.bits)),
+        spec.rounding == "stochastic",
         keys,
         integers.view(rows, cols).numpy(),
     )
@@ -83,8 +85,12 @@ def _scale(v, low, high, inverse):
 
 
 @_jit
-def _up(y, floor, bits):
-    return _ONE if bits < np.float32(y - floor) * _RANGE else _ZERO
+def _round(y, index, stochastic, keys):
+    """Nearest with ties to even, or up with probability equal to the fraction."""
+    if not stochastic:
+        return np.rint(y)
+    floor = np.floor(y)
+    return floor + (_ONE if _hash_bits(index, keys[0], keys[1]) < np.float32(y - floor) * _RANGE else _ZERO)
 
 
 @_jit
@@ -94,62 +100,28 @@ def _clamp(q, largest):
 
 
 @_jit
-def _nearest_rows(x, low, high, inverse, zero, largest, keys, out):
-    finite = True
-    for r in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            v = x[r, c]
-            finite &= (v - v) == _ZERO
-            y = _scale(v, low[r], high[r], inverse[r])
-            out[r, c] = np.int32(_clamp(np.float32(np.rint(y) + zero[r]), largest))
-    return finite
-
-
-@_jit
-def _nearest_columns(x, low, high, inverse, zero, largest, keys, out):
-    finite = True
-    for r in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            v = x[r, c]
-            finite &= (v - v) == _ZERO
-            y = _scale(v, low[c], high[c], inverse[c])
-            out[r, c] = np.int32(_clamp(np.float32(np.rint(y) + zero[c]), largest))
-    return finite
-
-
-@_jit
-def _stochastic_rows(x, low, high, inverse, zero, largest, keys, out):
+def _quantize_rows(x, low, high, inverse, zero, largest, stochastic, keys, out):
+    """Quantize ``x`` (rows, columns) by the map of each row; return whether it was finite."""
     finite = True
     columns = x.shape[1]
     for r in range(x.shape[0]):
         for c in range(columns):
             v = x[r, c]
             finite &= (v - v) == _ZERO
-            y = _scale(v, low[r], high[r], inverse[r])
-            f = np.floor(y)
-            q = f + _up(y, f, _hash_bits(r * columns + c, keys[0], keys[1]))
+            q = _round(_scale(v, low[r], high[r], inverse[r]), r * columns + c, stochastic, keys)
             out[r, c] = np.int32(_clamp(np.float32(q + zero[r]), largest))
     return finite
 
 
 @_jit
-def _stochastic_columns(x, low, high, inverse, zero, largest, keys, out):
+def _quantize_columns(x, low, high, inverse, zero, largest, stochastic, keys, out):
+    """Quantize ``x`` (rows, columns) by the map of each column; return whether it was finite."""
     finite = True
     columns = x.shape[1]
     for r in range(x.shape[0]):
         for c in range(columns):
             v = x[r, c]
             finite &= (v - v) == _ZERO
-            y = _scale(v, low[c], high[c], inverse[c])
-            f = np.floor(y)
-            q = f + _up(y, f, _hash_bits(r * columns + c, keys[0], keys[1]))
+            q = _round(_scale(v, low[c], high[c], inverse[c]), r * columns + c, stochastic, keys)
             out[r, c] = np.int32(_clamp(np.float32(q + zero[c]), largest))
     return finite
-
-
-_PASSES = {
-    (False, False): _nearest_rows,
-    (True, False): _nearest_columns,
-    (False, True): _stochastic_rows,
-    (True, True): _stochastic_columns,
-}
