@@ -1,7 +1,8 @@
 """Test accuracy of INT8 recipes against float: the same seeds, the same first weights, the same batches.
 
 Trains float and each recipe once per seed through the code of ``lightning-int8 train``, seed by seed, and writes the
-JSON file after every run. Started again with the same settings on the same machine it goes on where it was cut off.
+JSON file after every run. Started again with the same settings on the same machine it goes on where it was cut off;
+several processes, with other seeds or recipes each, may write one file.
 
     python benchmarks/accuracy.py --data fashion-mnist --epochs 3 --seeds 0 1 2 3 4 --recipes float default
 """
@@ -10,31 +11,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
-import json
 import math
-import os
-import platform
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
+from records import RESULTS, add_run, machine, open_record, origin
 
 from lightning_int8 import recipes
 from lightning_int8.spec import CONTRACTIONS
-from lightning_int8.version import __version__
 from lightning_int8.vision.experiment import DEFAULTS, Settings, quieten_lightning, run, trainer_precision
 from lightning_int8.vision.models import MODELS
 from lightning_int8.vision.readers import READERS, DataError, ImageSet
 from lightning_int8.vision.required import mismatches
 
-RESULTS = Path(__file__).parent / "results"
 PLAIN_PRECISIONS = ("float", "bf16")
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom; beyond, the last one is a safe bound.
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
@@ -53,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in options.recipes:
             _precision(name, seed=0)
         path = options.output or RESULTS / f"accuracy_{options.data}_{settings.model}.json"
-        record = _open_record(path, options.data, settings)
+        common = {name: value for name, value in dataclasses.asdict(settings).items() if name != "seed"}
+        record = open_record(path, {"data": options.data, "settings": common, "machine": machine()})
         images = READERS[options.data](options.root)
     except (ValueError, DataError) as error:
         print(f"accuracy.py: error: {error}", file=sys.stderr)
@@ -66,9 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 continue
             entry = measure(dataclasses.replace(settings, seed=seed), images, name)
             print(f"seed {seed}  {name:<24} {entry['test_accuracy']:.2f} %  {entry['train_seconds']:.1f} s", flush=True)
-            record["runs"].append(entry)
-            record["summary"] = summarise(record["runs"])
-            _write(path, record)
+            record = add_run(path, entry, summarise)
     print(f"\n{describe(record)}\nwritten to {path}")
     return 0
 
@@ -94,11 +86,7 @@ def measure(settings: Settings, images: ImageSet, name: str) -> dict[str, Any]:
         entry["contractions"] = {c: sum(count[c] for count in result.counted.values()) for c in CONTRACTIONS}
         entry["left_in_float"] = sorted(set(result.required) - set(result.counted))
         entry["count_mismatches"] = mismatches(result.counted, result.required, recipes.get(name))
-    return entry | {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "command": _command(),
-    }
+    return entry | origin()
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -144,64 +132,9 @@ def describe(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def machine() -> dict[str, Any]:
-    """Return what a time depends on besides the settings: device, threads and versions."""
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "lightning_int8": __version__,
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-    }
-
-
 def _precision(name: str, seed: int) -> dict[str, Any]:
     return (
         trainer_precision(name, seed=seed) if name in PLAIN_PRECISIONS else trainer_precision("int8", name, seed=seed)
-    )
-
-
-def _open_record(path: Path, data: str, settings: Settings) -> dict[str, Any]:
-    """Return the file's record if it was made with these settings on this machine, a new one if there is no file."""
-    described = dataclasses.asdict(settings)
-    del described["seed"]
-    fresh = {"data": data, "settings": described, "machine": machine(), "runs": [], "summary": {}}
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return fresh
-    record = json.loads(path.read_text())
-    for key in ("data", "settings", "machine"):
-        if record.get(key) != fresh[key]:
-            raise ValueError(f"{path} has {key} {record.get(key)}, this run {fresh[key]}: give another --output")
-    return record
-
-
-def _write(path: Path, record: dict[str, Any]) -> None:
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(unfinished, path)
-
-
-def _command() -> str:
-    """Return the command line, without the folder of the images: it lies elsewhere on another machine."""
-    words = ["python", *sys.argv]
-    if "--root" in words:
-        words[words.index("--root") + 1] = "DIR"
-    return shlex.join(words)
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
-def _cpu_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
 
 

@@ -20,13 +20,24 @@ class Clock:
         steps: Optimizer steps since conversion.
         running: Whether a training forward ran since the last step.
         refresh: Interval, in optimizer steps, of the range rules that name none.
+        epoch_steps: Optimizer steps of an epoch, where the trainer tells.
+        monitor_every: Interval at which operands leave their quantization error; None never.
+        order: Names of the layers in the order in which they first ran, until someone has used it; then None.
     """
 
     def __init__(self, refresh: int) -> None:
         self.steps = 0
         self.running = False
         self.refresh = refresh
+        self.epoch_steps: int | None = None
+        self.monitor_every: int | None = None
+        self.order: list[str] | None = []
         _clocks.add(self)
+
+    @property
+    def monitored(self) -> bool:
+        """Whether operands leave their quantization error at this step."""
+        return self.monitor_every is not None and self.steps % self.monitor_every == 0
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Copies and unpickled models keep their own time.

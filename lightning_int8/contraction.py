@@ -1,7 +1,8 @@
-"""The three contractions of a training step of one layer: the only autograd function of the package."""
+"""The three contractions of a training step of one layer, as one autograd function."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning_int8.clock import Clock
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Quantized
 from lightning_int8.operand import Operand, make_operands
+from lightning_int8.policies import BitWidthRule, DeviationFactor
 from lightning_int8.spec import Recipe
 
 
@@ -26,6 +28,9 @@ class LayerState:
         operands: Operand of each slot; slots may share one.
         counts: Contractions executed.
         train_calls: Forward passes of training that had something to compute.
+        kept_float: Why the layer computes in float after all, empty if it does not.
+        learning_rate: Rule of the layer's learning-rate factor, or None.
+        factor: Factor of the layer's updates, in force at the next optimizer step.
     """
 
     def __init__(self, name: str, layer: nn.Module, recipe: Recipe, backend: str, clock: Clock, seed: int) -> None:
@@ -36,6 +41,36 @@ class LayerState:
         self.operands = make_operands(recipe, name, layer, clock, seed)
         self.counts = Counts()
         self.train_calls = 0
+        self.kept_float = ""
+        self.learning_rate: DeviationFactor | None = None
+        self.factor = 1.0
+        self._factor_of: Tensor | None = None
+        if recipe.learning_rate is not None:
+            self.scale_learning_rate(recipe.learning_rate)
+        if recipe.bit_width is not None:
+            self.adapt_widths(recipe.bit_width)
+
+    def adapt_widths(self, rule: BitWidthRule) -> None:
+        """Let ``rule`` decide the widths of the operands from now on."""
+        for operand in self.distinct_operands():
+            operand.adapt(rule)
+
+    def scale_learning_rate(self, rule: DeviationFactor) -> None:
+        """Let ``rule`` decide the learning-rate factor from now on."""
+        self.learning_rate = rule
+        self.operands["grad_weight.lhs"].tracks_distance = True
+        self._factor_of = None
+        self.update_factor()
+
+    def update_factor(self) -> None:
+        """Take the factor from the cosine distance that the gradient of the output showed last."""
+        distance = self.operands["grad_weight.lhs"].distance
+        if self.learning_rate is None or self.kept_float:
+            self.factor = 1.0
+        elif distance is not None and distance is not self._factor_of:
+            self._factor_of = distance  # read by the host once, not at every step
+            if math.isfinite(value := float(distance)):
+                self.factor = self.learning_rate.factor(value)
 
     def distinct_operands(self) -> list[Operand]:
         """The operands, each once."""
@@ -82,6 +117,8 @@ class _Contraction(torch.autograd.Function):
         # A forward inside a backward is the recomputation of a checkpointed segment: same draw, nothing updated.
         fresh = training and torch._C._current_graph_task_id() == -1
         planes = _Planes(backend, update=fresh)
+        if fresh and state.clock.order is not None and state.name not in state.clock.order:
+            state.clock.order.append(state.name)
         keys = {o: o.draw(fresh) for o in state.distinct_operands()}
 
         with torch.autocast(x.device.type, enabled=False):

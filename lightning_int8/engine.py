@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from lightning_int8 import checkpoint
 from lightning_int8.clock import Clock
 from lightning_int8.contraction import LayerState
-from lightning_int8.operand import Operand
-from lightning_int8.report import ConversionReport, execution_table, with_routes
-from lightning_int8.rewrite import Conversion, Settings, conversion_of, convert_with, layer_states
-from lightning_int8.spec import Recipe
-from lightning_int8.sync import SYNC_CLIP, agree_on_clip_values
+from lightning_int8.policies import BitWidthRule, DeviationFactor
+from lightning_int8.report import ConversionReport, current, execution_table
+from lightning_int8.rewrite import Conversion, conversion_of, convert_with, layer_states
+from lightning_int8.settings import Settings
+from lightning_int8.steering import Steering
+from lightning_int8.sync import SYNC_CLIP, agree
 
 HIGH_PRECISION = ("32-true", "bf16-mixed", "16-mixed")
 """What the layers that stay in float, and everything between layers, compute in."""
-
-STATE_VERSION = 1
-"""Version of the saved state; raise it whenever ``Engine.state_dict`` changes its layout."""
 
 
 class Engine:
@@ -45,6 +45,34 @@ class Engine:
         self._seen_steps = 0
         self._summarised_steps = 0
         self._loss_scale: float | None = None
+        self._learning_rate: DeviationFactor | None = None
+        self._bit_width: BitWidthRule | None = None
+        self._monitor_every: int | None = None
+        self._warned = False
+
+    def configure(
+        self,
+        learning_rate: DeviationFactor | None = None,
+        bit_width: BitWidthRule | None = None,
+        monitor_every: int | None = None,
+    ) -> None:
+        """Put rules in place of the recipe's, for all layers; None leaves what there is.
+
+        Args:
+            learning_rate: Rule of the per-layer learning-rate factors.
+            bit_width: Rule that adapts the widths.
+            monitor_every: Optimizer steps between measurements of the quantization error of every operand.
+        """
+        self._learning_rate = learning_rate or self._learning_rate
+        self._bit_width = bit_width or self._bit_width
+        self._monitor_every = monitor_every or self._monitor_every
+        for state in self._states:
+            if self._learning_rate is not None:
+                state.scale_learning_rate(self._learning_rate)
+            if self._bit_width is not None:
+                state.adapt_widths(self._bit_width)
+        if self._conversion is not None:
+            self.clock.monitor_every = self._monitor_every
 
     def convert(self, model: nn.Module) -> None:
         """Convert ``model``, once; later calls with the same model change nothing."""
@@ -55,6 +83,19 @@ class Engine:
         if conversion is not self._conversion:
             self._conversion = conversion
             self._seen_steps = self._summarised_steps = self.clock.steps
+        self.steering.settles_itself = False  # but here, after the ranks have agreed
+        self.configure()
+
+    @property
+    def states(self) -> list[LayerState]:
+        """States of the converted layers, in the order of the model."""
+        return self._states
+
+    @property
+    def steering(self) -> Steering:
+        """What acts between steps."""
+        assert self._conversion is not None, "no model has been converted"
+        return self._conversion.steering
 
     @property
     def clock(self) -> Clock:
@@ -65,7 +106,18 @@ class Engine:
     def report(self, model: nn.Module) -> ConversionReport:
         """The decisions, with routes on the device where the model now lies."""
         assert self._conversion is not None, "no model has been converted"
-        return with_routes(self._conversion.report, model)
+        return current(self._conversion.report, model)
+
+    def check_optimizers(self, optimizers: Sequence[Any]) -> None:
+        """Warn once if the recipe is meant for another optimizer than those in use."""
+        wanted = self.settings.recipe.optimizer
+        others = {type(o).__name__ for o in optimizers} - {wanted}
+        if wanted and others and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"recipe {self.settings.recipe.name!r} is meant for {wanted}, whose momentum and update are quantized "
+                f"too; with {', '.join(sorted(others))} the update of the weights is a float one"
+            )
 
     def set_rank(self, rank: int) -> None:
         """Give this process its own rounding noise."""
@@ -74,7 +126,7 @@ class Engine:
                 operand.key[1] = rank
 
     def after_step(self, loss_scale: float) -> None:
-        """Work after an optimizer step: prove that INT8 ran, follow the loss scale, agree on clip values.
+        """Work after an optimizer step: prove that INT8 ran, follow the loss scale, agree with other ranks, settle.
 
         Args:
             loss_scale: Factor of ``GradScaler`` in force from now on, 1 without one.
@@ -94,19 +146,20 @@ class Engine:
                     "something replaces what its forward calls"
                 )
         if self.sync_clip != "local" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            operands = [o for s in self._states for o in s.distinct_operands() if o.tensor != "w"]
+            operands = [o for s in self._states for o in s.distinct_operands() if o.tensor != "w" or o.width]
             # With several optimizers that take turns a layer may refresh as many steps after it was due.
             late = range(self.optimizers)
-            if any(s - self.clock.last_due(o.spec.range.every, s) in late for o in operands for s in finished):
-                agree_on_clip_values(operands, self.sync_clip)
+            if any(o.refreshes_within(s, late) for o in operands for s in finished):
+                agree(operands, self.sync_clip)
+        self.steering.settle()
 
     def follow_loss_scale(self, loss_scale: float) -> None:
         """Gradients grow and shrink with the loss scale, and so must their clip values between refreshes."""
         if self._loss_scale is not None and loss_scale != self._loss_scale:
             for state in self._states:
                 for operand in state.distinct_operands():
-                    if operand.tensor == "g" and operand.clip_value is not None:
-                        operand.clip_value = operand.clip_value * (loss_scale / self._loss_scale)
+                    if operand.tensor == "g":
+                        operand.rescale(loss_scale / self._loss_scale)
         self._loss_scale = loss_scale
 
     def summary(self) -> str | None:
@@ -120,14 +173,7 @@ class Engine:
         """Everything that a resumed run needs, in tensors and primitives; empty before the conversion."""
         if self._conversion is None:
             return {}
-        return {
-            "version": STATE_VERSION,
-            "recipe": self.settings.recipe.name,
-            "numerics": repr(self.settings.recipe),
-            "steps": self.clock.steps,
-            "loss_scale": self._loss_scale,
-            "layers": {s.name: {o.slot: o.state_dict() for o in s.distinct_operands()} for s in self._states},
-        }
+        return checkpoint.state_of(self.settings.recipe, self.clock, self._loss_scale, self._states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``. Everything is checked before anything changes.
@@ -137,57 +183,14 @@ class Engine:
                 message names the field.
         """
         self.check_state_dict(state)
-        self.clock.steps = self._seen_steps = state["steps"]
+        checkpoint.load(state, self.clock, self._states)
+        self._seen_steps = self.clock.steps
         self._loss_scale = state["loss_scale"]
-        for (layer, slot), operand in self._slots().items():
-            operand.load_state_dict(state["layers"][layer][slot])
+        self.steering.resumed()
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise the error of ``load_state_dict``, if any, and change nothing."""
-        _check_state(state, self.settings.recipe, self._slots())
-
-    def _slots(self) -> dict[tuple[str, str], Operand]:
-        return {(s.name, o.slot): o for s in self._states for o in s.distinct_operands()}
-
-
-def _check_state(state: Any, recipe: Recipe, own: dict[tuple[str, str], Operand]) -> None:
-    if not isinstance(state, dict) or "version" not in state:
-        raise ValueError("INT8 plugin state: field 'version' is missing: this is not the state of an INT8 plugin")
-    if state["version"] != STATE_VERSION:
-        raise ValueError(f"INT8 plugin state: version: {state['version']!r} where this version reads {STATE_VERSION}")
-    for field in ("recipe", "numerics", "steps", "loss_scale", "layers"):
-        if field not in state:
-            raise ValueError(f"INT8 plugin state: field {field!r} is missing: the state is truncated")
-    for field, value in (("recipe", recipe.name), ("numerics", repr(recipe))):
-        if state[field] != value:
-            raise ValueError(f"INT8 plugin state: {field}: {state[field]!r} was saved, {value!r} is in use")
-    steps, loss_scale, layers = state["steps"], state["loss_scale"], state["layers"]
-    if not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"INT8 plugin state: steps: {steps!r} does not fit")
-    if not isinstance(loss_scale, float | None):
-        raise ValueError(f"INT8 plugin state: loss_scale: {loss_scale!r} does not fit")
-    if not isinstance(layers, dict):
-        raise ValueError(f"INT8 plugin state: layers: {layers!r} does not fit")
-    for layer, slots in layers.items():
-        if not isinstance(slots, dict) or not all(isinstance(entry, dict) for entry in slots.values()):
-            raise ValueError(f"INT8 plugin state: layer {layer!r}: {slots!r} does not fit")
-    saved = {(layer, slot) for layer, slots in layers.items() for slot in slots}
-    for layer, slot in sorted(saved ^ own.keys()):
-        where = "saved but not converted now" if (layer, slot) in saved else "converted now but not saved"
-        raise ValueError(
-            f"INT8 plugin state: layer {layer!r}, slot {slot!r}: {where}; resume with the recipe and skip= of the "
-            "saved run, or load the weights alone"
-        )
-    for (layer, slot), operand in own.items():
-        entry = layers[layer][slot]
-        forms = {"key": (operand.key.shape, torch.int64), "clip_value": (operand.clip_shape, torch.float32)}
-        for field, kind in (("clip_value", (torch.Tensor, type(None))), ("key", torch.Tensor), ("refreshed", int)):
-            value = entry.get(field, "missing")
-            fits = isinstance(value, kind) and (
-                not isinstance(value, torch.Tensor) or (value.shape, value.dtype) == forms[field]
-            )
-            if not fits:
-                raise ValueError(f"INT8 plugin state: layer {layer!r}, slot {slot!r}: {field}: {value!r} does not fit")
+        checkpoint.check(state, self.settings.recipe, self._states)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

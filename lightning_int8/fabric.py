@@ -14,12 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_int8.engine import HIGH_PRECISION, Engine
-from lightning_int8.hosts import twin_precision
+from lightning_int8.hosts import twin
 from lightning_int8.report import ConversionReport
-from lightning_int8.rewrite import Settings
+from lightning_int8.settings import Settings
 
 
-class Int8Precision(MixedPrecision, *twin_precision("lightning_fabric")):  # type: ignore[misc]
+class Int8Precision(MixedPrecision, *twin("lightning_fabric", "plugins.precision", "Precision")):  # type: ignore[misc]
     """Fabric twin of ``lightning_int8.Int8Precision``; the arguments are the same.
 
     Every module given to ``fabric.setup`` is converted in place. Fabric does not save the state of its plugins: put
@@ -100,6 +100,7 @@ class Int8Precision(MixedPrecision, *twin_precision("lightning_fabric")):  # typ
         result = super().optimizer_step(optimizer, **kwargs)
         self._optimizers.add(optimizer)
         for _, engine in self._models:
+            engine.check_optimizers([optimizer])
             engine.optimizers = len(self._optimizers)
             engine.after_step(self._loss_scale())
         return result

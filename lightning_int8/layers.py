@@ -19,8 +19,12 @@ class _Int8Layer(nn.Module):
 
     int8_state: LayerState
 
-    def _enter(self, x: Tensor, channel_axis: int, channels: int) -> None:
-        """Check the input; tell the clock that the model is running, be it on an empty batch."""
+    def _contracts(self, x: Tensor, channel_axis: int, channels: int) -> bool:
+        """Check the input; tell the clock that the model is running, be it on an empty batch.
+
+        Returns:
+            Whether there is something to compute in INT8; else the float forward gives the shape and the graph.
+        """
         self.int8_state.clock.running |= self.training or torch.is_grad_enabled()
         name = self.int8_state.name
         if x.dtype not in FLOAT_DTYPES:
@@ -34,6 +38,7 @@ class _Int8Layer(nn.Module):
             raise ValueError(
                 f"layer {name!r}: input shape: {tuple(x.shape)} has {found} channels where the layer takes {channels}"
             )
+        return x.numel() > 0 and not self.int8_state.kept_float
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8: {self.int8_state.recipe}"
@@ -44,9 +49,8 @@ class Int8Linear(_Int8Layer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
-        self._enter(x, -1, self.in_features)
-        if x.numel() == 0 or self.out_features == 0:
-            return super().forward(x)  # nothing to multiply: only the shape and the graph are wanted
+        if not self._contracts(x, -1, self.in_features) or self.out_features == 0:
+            return super().forward(x)
         rows = x.reshape(-1, self.in_features)
         y = contract(rows, self.weight, self.bias, self.int8_state, None, self.training)
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -74,8 +78,7 @@ class _Int8Conv(_Int8Layer):
                 f"layer {self.int8_state.name!r}: input shape: {tuple(x.shape)} has {x.dim()} axes where the layer "
                 f"takes {spatial + 1} (unbatched) or {spatial + 2}"
             )
-        self._enter(x, -1 - spatial, self.in_channels)
-        if x.numel() == 0:
+        if not self._contracts(x, -1 - spatial, self.in_channels):
             return super().forward(x)
         if x.dim() == spatial + 1:
             return self._batched(x.contiguous().unsqueeze(0)).squeeze(0)

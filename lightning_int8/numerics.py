@@ -27,8 +27,14 @@ PLANE_BASE = 256
 LOWER_PLANE_MAX = 128
 """Largest magnitude of a lower plane: its balanced digits span [-128, 127]."""
 
-BITS = (8, 16, 24)
-"""Widths that an operand can have: one, two or three planes."""
+FLAG_BITS = 9
+"""WAGEUBN's flag format: a coarse and a fine INT8 plane, of which one is zero at each element (Yang et al. 2019)."""
+
+FLAG_STEPS = 128
+"""Fine steps per coarse step of the flag format."""
+
+BITS = (8, FLAG_BITS, 16, 24)
+"""Widths that an operand can have: one plane, two (coarse and fine), two or three."""
 
 MIN_CLIP_VALUE = 2.0**-96
 """Smallest clip value: the scale and its reciprocal stay normal floats at every width in ``BITS``."""
@@ -36,12 +42,15 @@ MIN_CLIP_VALUE = 2.0**-96
 
 def plane_count(bits: int) -> int:
     """Number of int8 planes of an operand of ``bits`` bits."""
-    return bits // 8
+    return 2 if bits == FLAG_BITS else bits // 8
 
 
 def largest_integer(bits: int) -> int:
-    """Largest integer whose top plane stays within ``INT8_MAX``: 127, 32,639 or 8,355,711."""
-    return INT8_MAX * sum(PLANE_BASE**k for k in range(plane_count(bits)))
+    """Largest integer whose top plane stays within ``INT8_MAX``: 127, 32,639 or 8,355,711.
+
+    In the flag format this is the largest coarse integer, 127.
+    """
+    return INT8_MAX if bits == FLAG_BITS else INT8_MAX * sum(PLANE_BASE**k for k in range(plane_count(bits)))
 
 
 @dataclass(frozen=True)
@@ -208,8 +217,8 @@ def quantize(
     Args:
         x: float32, bfloat16 or float16, canonical order.
         clip_value: See ``affine_map``.
-        bits: 8, 16 or 24.
-        affine: Whether the range has a zero point.
+        bits: One of ``BITS``.
+        affine: Whether the range has a zero point; not with the flag format.
         axis: 0 or -1 for one clip value per index of that axis, None for one per tensor.
         stochastic: Round up with probability equal to the fraction instead of to the nearest integer.
         key: int64 ``(seed, rank, call)``; needed where ``stochastic``.
@@ -221,19 +230,27 @@ def quantize(
     low, high, inverse = (along(v, axis, x.dim()) for v in (m.low, m.high, m.inverse))
     values = x.float()
     y = (torch.clamp(values, low, high) * inverse).nan_to_num(0.0)
-    if stochastic:
-        assert key is not None, "stochastic rounding needs a key"
-        floor = torch.floor(y)
-        bits16 = random_bits(key, x.numel(), x.device).reshape(x.shape)
-        q = floor + (bits16 < (y - floor) * float(1 << RANDOM_BITS))
-    else:
-        q = torch.round(y)
+    scale = torch.where(torch.isfinite(values).all(), m.scale, torch.nan)
+    if bits == FLAG_BITS:
+        # Magnitudes below one coarse step are counted in fine steps instead.
+        is_fine = y.abs() < 1.0
+        q = _round(torch.where(is_fine, y * FLAG_STEPS, y), stochastic, key).clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+        coarse, fine = q.masked_fill(is_fine, 0), q.masked_fill(~is_fine, 0)
+        return Quantized((Plane(coarse, scale), Plane(fine, scale / FLAG_STEPS)), axis)
+    q = _round(y, stochastic, key)
     if m.zero is not None:
         q = q + along(m.zero, axis, x.dim())
     largest = largest_integer(bits)
-    integers = q.clamp(-largest, largest).to(torch.int32)
-    scale = torch.where(torch.isfinite(values).all(), m.scale, torch.nan)
-    return from_integers(integers, scale, m.zero, bits, axis)
+    return from_integers(q.clamp(-largest, largest).to(torch.int32), scale, m.zero, bits, axis)
+
+
+def _round(y: Tensor, stochastic: bool, key: Tensor | None) -> Tensor:
+    if not stochastic:
+        return torch.round(y)
+    assert key is not None, "stochastic rounding needs a key"
+    floor = torch.floor(y)
+    bits16 = random_bits(key, y.numel(), y.device).reshape(y.shape)
+    return floor + (bits16 < (y - floor) * float(1 << RANDOM_BITS))
 
 
 def from_integers(integers: Tensor, scale: Tensor, zero: Tensor | None, bits: int, axis: int | None) -> Quantized:

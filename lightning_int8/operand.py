@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_int8.backends import Backend
+from lightning_int8.bit_width import AdaptiveWidth
 from lightning_int8.clock import Clock
-from lightning_int8.numerics import Quantized
+from lightning_int8.measures import QuantizationError
+from lightning_int8.numerics import Quantized, affine_map
+from lightning_int8.policies import WIDTHS, BitWidthRule
 from lightning_int8.spec import CHANNEL_AXIS, CONTRACTIONS, OPERANDS, OperandSpec, Recipe
 
 
@@ -20,11 +24,15 @@ class Operand:
     Attributes:
         slot: Contraction and side that it was made for, such as "output.lhs".
         tensor: "x", "w" or "g".
-        spec: Its numerics.
+        spec: Its numerics; the width in force may be larger, see ``bits``.
         axis: Canonical axis with its own clip values, None for one per tensor.
         clip_shape: Shape of the clip value.
         clip_value: float32 in force, see ``numerics.affine_map``; None before the first refresh.
         key: int64 ``(seed, rank, call)``; ``call`` advances with every fresh draw.
+        width: Where the width adapts, what decides it.
+        tracks_distance: Whether refreshes measure the cosine distance.
+        distance: Cosine distance at the last refresh, ``()``; None before.
+        error: Measured at the last call of a monitored step, for whoever logs it; None before.
     """
 
     def __init__(
@@ -37,9 +45,27 @@ class Operand:
         self.clip_shape = torch.Size(((2,) if spec.affine else ()) + (() if axis is None else (channels,)))
         self.clip_value: Tensor | None = None
         self.key = torch.tensor([seed, 0, 0], dtype=torch.int64)
+        self.width: AdaptiveWidth | None = None
+        self.tracks_distance = False
+        self.distance: Tensor | None = None
+        self.error: QuantizationError | None = None
         self._clock = clock
         self._refreshed = -1
         self._before_refresh: Tensor | None = None
+
+    @property
+    def bits(self) -> int:
+        """The width in force."""
+        return self.spec.bits if self.width is None else self.width.bits
+
+    def adapt(self, rule: BitWidthRule) -> None:
+        """Let ``rule`` decide the width from now on, if it is about this tensor; the flag format has one width."""
+        if self.tensor not in rule.operands or self.spec.bits not in WIDTHS:
+            self.width = None
+        elif self.width is None:
+            self.width = AdaptiveWidth(rule, self.spec.bits)
+        else:
+            self.width.rule = rule
 
     def draw(self, fresh: bool) -> Tensor:
         """The key of one call.
@@ -60,9 +86,13 @@ class Operand:
             backend: Computes the planes.
             update: Whether this call is part of training, hence may refresh the clip value.
         """
-        return backend.quantize(x, self._current_clip_value(x, update), self.spec, self.axis, key)
+        clip_value = self._current_clip_value(x, backend, update)
+        spec = self.spec if self.bits == self.spec.bits else replace(self.spec, bits=self.bits)
+        if update and self._clock.monitored:
+            self.error = backend.quantization_error(x, [clip_value], [self.bits], spec.affine, self.axis)
+        return backend.quantize(x, clip_value, spec, self.axis, key)
 
-    def _current_clip_value(self, x: Tensor, update: bool) -> Tensor:
+    def _current_clip_value(self, x: Tensor, backend: Backend, update: bool) -> Tensor:
         if self.clip_value is not None and self.clip_value.device != x.device:
             self.clip_value = self.clip_value.to(x.device)
         if not self._due(update):
@@ -70,7 +100,9 @@ class Operand:
             return self.clip_value
         again = self._refreshed == self._clock.steps
         previous = self._before_refresh if again else self.clip_value
-        measured = self._measure(x, previous)
+        widths = (self.bits,) if self.width is None else WIDTHS
+        candidates = [self._measure(x, previous, bits) for bits in widths]
+        measured = candidates[widths.index(self.bits)]
         if again and self.tensor != "w" and update:
             # Another micro-batch, or a layer used twice: one range for all that the step brings.
             assert self.clip_value is not None
@@ -80,7 +112,19 @@ class Operand:
         if update and bool(torch.isfinite(measured).all() & (measured > 0).any()):
             self._before_refresh, self.clip_value = previous, measured
             self._refreshed = self._clock.steps
+            if self.width is not None or self.tracks_distance:
+                self._note_error(x, candidates, widths, backend, again)
         return measured
+
+    def _note_error(
+        self, x: Tensor, candidates: list[Tensor], widths: tuple[int, ...], backend: Backend, again: bool
+    ) -> None:
+        error = backend.quantization_error(x, candidates, widths, self.spec.affine, self.axis)
+        if self.width is not None:
+            self.width.measured(torch.stack(candidates), error.magnitude_shift)
+        if self.tracks_distance:
+            distance = error.cosine_distance[widths.index(self.bits)]
+            self.distance = distance if self.distance is None or not again else torch.maximum(distance, self.distance)
 
     def _due(self, update: bool) -> bool:
         if self.clip_value is None:
@@ -90,29 +134,88 @@ class Operand:
             # recomputation, which runs inside the backward pass and must find the same range.
             return torch._C._current_graph_task_id() == -1
         steps = self._clock.steps
-        missed = self._refreshed < self._clock.last_due(self.spec.range.every, steps)
-        return update and (missed or self._refreshed == steps)
+        due = self._clock.last_due(self.spec.range.every, steps) if self.width is None else self.width.last_due(steps)
+        return update and (self._refreshed < due or self._refreshed == steps)
 
-    def _measure(self, x: Tensor, previous: Tensor | None) -> Tensor:
+    def refreshes_within(self, step: int, late: range) -> bool:
+        """Whether ``step`` may have refreshed the clip value, at most so ``late``; the same on every rank."""
+        if self.width is not None:
+            return step >= self.width.next_step
+        return step - self._clock.last_due(self.spec.range.every, step) in late
+
+    def _measure(self, x: Tensor, previous: Tensor | None, bits: int) -> Tensor:
         rule = self.spec.range
         previous = None if previous is None else previous.to(x.device)
         if not self.spec.affine:
-            return rule.clip_value(x, self.axis, previous)
+            return rule.clip_value(x, self.axis, previous, bits)
         parts = ((-x).clamp(min=0), x.clamp(min=0))
         sides = (None, None) if previous is None else previous.unbind(0)
-        return torch.stack([rule.clip_value(p, self.axis, s) for p, s in zip(parts, sides, strict=True)])
+        return torch.stack([rule.clip_value(p, self.axis, s, bits) for p, s in zip(parts, sides, strict=True)])
+
+    def settle(self, step: int) -> None:
+        """Put the width in force that the measurement of step ``step`` asks for, if there was one."""
+        width = self.width
+        if width is None or width.candidates is None:
+            return
+        scales = [affine_map(c, b, self.spec.affine).scale for c, b in zip(width.candidates, WIDTHS, strict=True)]
+        log2_steps = torch.stack([scale.log2().mean() for scale in scales]).tolist()
+        self.clip_value = width.settle(step, log2_steps, self._clock.epoch_steps)
+
+    def rescale(self, ratio: float) -> None:
+        """Follow a tensor that is ``ratio`` times as large from now on, as gradients when the loss scale changes."""
+        if self.clip_value is not None:
+            self.clip_value = self.clip_value * ratio
+        if self.width is not None:
+            self.width.rescale(ratio)
+
+    def shared(self) -> list[tuple[torch.Size, Tensor | None]]:
+        """Shape and value of what ranks agree on; values are never negative, None is unknown."""
+        parts = [(self.clip_shape, self.clip_value)]
+        if self.tracks_distance:
+            parts.append((torch.Size(), self.distance))
+        if self.width is not None:
+            count = len(WIDTHS)
+            parts += [(torch.Size((count, *self.clip_shape)), self.width.candidates)]
+            parts += [(torch.Size((count,)), self.width.errors)]
+        return parts
+
+    def agree(self, values: list[Tensor | None]) -> None:
+        """Take over what the ranks agreed on, in the order of ``shared``; None leaves a value as it is."""
+        rest = iter(values)
+        self.clip_value = _or(next(rest), self.clip_value)
+        if self.tracks_distance:
+            self.distance = _or(next(rest), self.distance)
+        if self.width is not None:
+            self.width.candidates = _or(next(rest), self.width.candidates)
+            self.width.errors = _or(next(rest), self.width.errors)
 
     def state_dict(self) -> dict[str, Any]:
-        """Clip value, key and the step of the last refresh: tensors and primitives only."""
-        clip_value = None if self.clip_value is None else self.clip_value.detach().cpu().clone()
-        return {"clip_value": clip_value, "key": self.key.clone(), "refreshed": self._refreshed}
+        """Everything that a resumed run needs, in tensors and primitives; call it between steps."""
+        return {
+            "clip_value": None if self.clip_value is None else self.clip_value.detach().cpu().clone(),
+            "key": self.key.clone(),
+            "refreshed": self._refreshed,
+            "distance": None if self.distance is None else float(self.distance),
+            "width": None if self.width is None else self.width.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``; the rank of the key stays this process's own."""
-        clip_value = state["clip_value"]
+        clip_value, distance = state["clip_value"], state["distance"]
         self.clip_value = None if clip_value is None else clip_value.clone()
         self.key = torch.stack((state["key"][0], self.key[1], state["key"][2]))
         self._refreshed = state["refreshed"]
+        self.distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
+        if state["width"] is not None:
+            if self.width is None:
+                # The run that saved it was steered by a callback that is not here: go on as it did.
+                self.adapt(BitWidthRule(**state["width"]["rule"]))
+            assert self.width is not None
+            self.width.load_state_dict(state["width"])
+
+
+def _or(value: Tensor | None, otherwise: Tensor | None) -> Tensor | None:
+    return otherwise if value is None else value
 
 
 def make_operands(recipe: Recipe, name: str, layer: nn.Module, clock: Clock, seed: int) -> dict[str, Operand]:

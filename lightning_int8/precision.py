@@ -12,10 +12,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_int8.contraction import LayerState
 from lightning_int8.engine import HIGH_PRECISION, Engine
-from lightning_int8.hosts import twin_precision
+from lightning_int8.hosts import twin
+from lightning_int8.policies import BitWidthRule, DeviationFactor
 from lightning_int8.report import ConversionReport
-from lightning_int8.rewrite import Settings
+from lightning_int8.settings import Settings
+from lightning_int8.spec import Recipe
 
 STATE_KEY = "Int8Precision"
 """Top-level key of the plugin's state in a Lightning checkpoint."""
@@ -23,7 +26,7 @@ STATE_KEY = "Int8Precision"
 _ENGINE = "int8"
 
 
-class Int8Precision(MixedPrecision, *twin_precision("pytorch_lightning")):  # type: ignore[misc]
+class Int8Precision(MixedPrecision, *twin("pytorch_lightning", "plugins.precision", "Precision")):  # type: ignore[misc]
     """Lightning precision plugin: matrix products of the forward and the backward pass in 8-bit integers.
 
     ``Trainer(plugins=[Int8Precision()])``. The model is converted in place before it is moved to its device; weights,
@@ -70,12 +73,42 @@ class Int8Precision(MixedPrecision, *twin_precision("pytorch_lightning")):  # ty
         self.precision = high_precision
         self.scaler: torch.amp.GradScaler | None = None
         self._engine = Engine(settings, sync_clip)
-        self._report: ConversionReport | None = None
+        self._model: nn.Module | None = None
 
     @property
     def report(self) -> ConversionReport | None:
-        """The decision for each layer; None before the model has been converted."""
-        return self._report
+        """The decision for each layer as things stand; None before the model has been converted."""
+        return None if self._model is None else self._engine.report(self._model)
+
+    @property
+    def layers(self) -> list[LayerState]:
+        """What each converted layer remembers: clip values, widths, factor, counts; empty before the conversion."""
+        return self._engine.states
+
+    @property
+    def recipe(self) -> Recipe:
+        """The numerics of the converted layers."""
+        return self._engine.settings.recipe
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the model since its conversion."""
+        return self._engine.clock.steps
+
+    def configure(
+        self,
+        learning_rate: DeviationFactor | None = None,
+        bit_width: BitWidthRule | None = None,
+        monitor_every: int | None = None,
+    ) -> None:
+        """Put rules in place of the recipe's, for all layers; None leaves what there is. For callbacks, in ``setup``.
+
+        Args:
+            learning_rate: Rule of the per-layer learning-rate factors.
+            bit_width: Rule that adapts the widths.
+            monitor_every: Optimizer steps between measurements of the quantization error of every operand.
+        """
+        self._engine.configure(learning_rate, bit_width, monitor_every)
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Convert ``module`` in place; Lightning calls this before every fit, validate, test and predict."""
@@ -91,10 +124,12 @@ class Int8Precision(MixedPrecision, *twin_precision("pytorch_lightning")):  # ty
         module = model if hasattr(model, "_trainer") else getattr(model, "module", model)
         trainer = getattr(module, "_trainer", None)
         self._engine.optimizers = max(1, len(optimizers))
+        self._engine.convert(module)  # again: a strategy may have put SyncBatchNorm in place of batch norms since
         self._engine.set_rank(0 if trainer is None else trainer.global_rank)
-        self._report = self._engine.report(module)
+        self._engine.check_optimizers(optimizers)
+        self._model = module
         if trainer is not None and trainer.training:
-            rank_zero_info(str(self._report))
+            rank_zero_info(str(self.report))
         return model, optimizers, lr_schedulers
 
     def autocast_context_manager(self) -> AbstractContextManager:  # type: ignore[override]
@@ -110,7 +145,8 @@ class Int8Precision(MixedPrecision, *twin_precision("pytorch_lightning")):  # ty
     def optimizer_step(  # type: ignore[override]
         self, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any
     ) -> Any:
-        """Step, then agree on clip values."""
+        """Step, then agree with the other ranks on clip values, widths and learning-rate factors."""
+        self._engine.clock.epoch_steps = _epoch_steps(model.trainer)
         result = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         self._engine.after_step(self._loss_scale())
         return result
@@ -163,3 +199,9 @@ class Int8Precision(MixedPrecision, *twin_precision("pytorch_lightning")):  # ty
         own = type(self).__qualname__
         if own not in checkpoint and STATE_KEY in checkpoint:
             checkpoint[own] = checkpoint[STATE_KEY]
+
+
+def _epoch_steps(trainer: Any) -> int | None:
+    """Optimizer steps of an epoch, None for a loader of unknown length."""
+    batches = trainer.num_training_batches
+    return max(1, batches // trainer.accumulate_grad_batches) if isinstance(batches, int) else None

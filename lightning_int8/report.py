@@ -21,7 +21,7 @@ class Row:
         name: Name of the layer in the model.
         kind: Its class before conversion.
         shape: Shape of its weight.
-        decision: "int8" or "float".
+        decision: "int8" or "float"; for a batch norm what it became, "range" or "fixed_point".
         reason: Why.
         route: How its contractions are computed; empty for a float layer.
     """
@@ -40,7 +40,7 @@ class ConversionReport:
 
     Attributes:
         recipe: Name of the recipe.
-        rows: One per layer that multiplies matrices.
+        rows: One per layer that multiplies matrices, and per batch norm that the recipe replaces.
     """
 
     recipe: str
@@ -57,25 +57,28 @@ class ConversionReport:
 
     def __str__(self) -> str:
         body = [(r.name, r.kind, "x".join(map(str, r.shape)), r.decision, r.reason, r.route) for r in self.rows]
-        head = f"INT8 conversion, recipe '{self.recipe}': {len(self.converted)} of {len(self.rows)} layers run INT8"
+        multiply = sum(row.decision in ("int8", "float") for row in self.rows)
+        head = f"INT8 conversion, recipe '{self.recipe}': {len(self.converted)} of {multiply} layers run INT8"
         return head + "\n" + table(("layer", "kind", "weight", "decision", "reason", "route"), body)
 
 
-def with_routes(report: ConversionReport, model: nn.Module) -> ConversionReport:
-    """The report with the route of each converted layer on the device where its weight now lies."""
+def current(report: ConversionReport, model: nn.Module) -> ConversionReport:
+    """The report as things stand: layers that stay float after all, routes on the device where the weights now lie."""
     modules = dict(model.named_modules())
 
-    def route(row: Row) -> str:
+    def update(row: Row) -> Row:
         if row.decision != "int8":
-            return ""
-        module = modules[row.name]
+            return row
+        state: LayerState = modules[row.name].int8_state
+        if state.kept_float:
+            return replace(row, decision="float", reason=state.kept_float, route="")
         try:
-            backend = backends.backend_for(module.weight, module.int8_state.backend)
+            backend = backends.backend_for(modules[row.name].weight, state.backend)
         except RuntimeError as error:
-            return str(error).split(";")[0]
-        return backend.route(convolution=len(row.shape) > 2)
+            return replace(row, route=str(error).split(";")[0])
+        return replace(row, route=backend.route(convolution=len(row.shape) > 2))
 
-    return replace(report, rows=tuple(replace(row, route=route(row)) for row in report.rows))
+    return replace(report, rows=tuple(update(row) for row in report.rows))
 
 
 def gemm_counts(model: nn.Module) -> dict[str, dict[str, int]]:

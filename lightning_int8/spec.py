@@ -13,13 +13,14 @@ and names the operand.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from lightning_int8 import ranges
-from lightning_int8.numerics import BITS, INT8_MAX, LOWER_PLANE_MAX, plane_count
+from lightning_int8.numerics import BITS, FLAG_BITS, INT8_MAX, LOWER_PLANE_MAX, plane_count
+from lightning_int8.policies import BitWidthRule, DeviationFactor
 from lightning_int8.ranges import RangeRule
 from lightning_int8.ranges.absmax import Rule as AbsMax
 
@@ -43,7 +44,7 @@ class OperandSpec:
     """How one operand becomes integers.
 
     Attributes:
-        bits: 8, 16 or 24: one, two or three INT8 planes.
+        bits: 8, 16 or 24: one, two or three INT8 planes; 9 is the flag format, a coarse and a fine plane.
         range: The rule that sets the clip value.
         per: "tensor" for one scale, "channel" for one per channel that the contraction does not sum over.
         rounding: "nearest" (ties to even) or "stochastic" (unbiased).
@@ -63,11 +64,13 @@ class OperandSpec:
         _one_of("affine", self.affine, (False, True))
         if isinstance(self.range, type) or not callable(getattr(self.range, "clip_value", None)):
             raise ValueError(f"range: {self.range!r} is not a range rule; rules: {', '.join(ranges.names())}")
+        if self.affine and self.bits == FLAG_BITS:
+            raise ValueError("affine: True is not possible with bits=9: the flag format is symmetric")
 
     @property
     def largest_difference(self) -> int:
         """Largest |plane - zero point| of any plane."""
-        digit = INT8_MAX if plane_count(self.bits) == 1 else LOWER_PLANE_MAX
+        digit = INT8_MAX if plane_count(self.bits) == 1 or self.bits == FLAG_BITS else LOWER_PLANE_MAX
         return digit + INT8_MAX if self.affine else digit
 
     def __str__(self) -> str:
@@ -91,15 +94,31 @@ def reduction_limit(a: OperandSpec, b: OperandSpec) -> int:
     return INT32_MAX // (a.largest_difference * b.largest_difference)
 
 
+NORMS = ("float", "range", "fixed_point")
+"""What batch norms become; see ``lightning_int8.norm``."""
+
+KEEP_FLOAT = ("first", "last")
+"""Layers that a recipe may keep in float, by the order in which they run."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """The numerics of a converted layer: three contractions, nothing else.
+    """The numerics of a converted model: three contractions for each layer, and what goes with them.
 
     Attributes:
         name: How reports call it.
         output: x · w.
         grad_input: g · w.
         grad_weight: g · x.
+        norm: What BatchNorm layers compute: "float" leaves them alone, "range" (Banner et al. 2018), "fixed_point"
+            (Yang et al. 2019).
+        keep_float: "first" and "last" keep the layer that runs first, or last, in float. The order is that of the first
+            training step, which therefore still runs them in INT8.
+        learning_rate: Rule of the per-layer learning-rate factors, or None.
+        bit_width: Rule that adapts the widths of the operands, or None.
+        optimizer: Name of the optimizer class that the method is meant for; another one is warned about.
+        overrides: Recipes for the layers whose name matches a glob; the last match wins. Of such a recipe the
+            contractions, ``norm``, ``learning_rate`` and ``bit_width`` count.
 
     Raises:
         ValueError: A scale that cannot be taken out of the integer sum, or a field out of its range.
@@ -109,6 +128,12 @@ class Recipe:
     output: ContractionSpec = field(default_factory=ContractionSpec)
     grad_input: ContractionSpec = field(default_factory=ContractionSpec)
     grad_weight: ContractionSpec = field(default_factory=ContractionSpec)
+    norm: str = "float"
+    keep_float: tuple[str, ...] = ()
+    learning_rate: DeviationFactor | None = None
+    bit_width: BitWidthRule | None = None
+    optimizer: str = ""
+    overrides: tuple[tuple[str, Recipe], ...] = ()
 
     def __post_init__(self) -> None:
         for contraction in CONTRACTIONS:
@@ -124,61 +149,41 @@ class Recipe:
                         f"recipe {self.name!r}: {contraction}.{side}.per: 'channel' is not possible: {contraction} "
                         f"sums over the channels of {tensor}, so their scales cannot be taken out of the integer sum"
                     )
+        self._check_model_fields()
+
+    def _check_model_fields(self) -> None:
+        try:
+            _one_of("norm", self.norm, NORMS)
+            object.__setattr__(self, "keep_float", tuple(self.keep_float))  # YAML gives a list
+            for position in self.keep_float:
+                _one_of("keep_float", position, KEEP_FLOAT)
+            for name, kind in (("learning_rate", DeviationFactor), ("bit_width", BitWidthRule)):
+                if not isinstance(getattr(self, name), kind | None):
+                    raise ValueError(f"{name}: {getattr(self, name)!r} is not a {kind.__name__}, nor None")
+            overrides = self.overrides.items() if isinstance(self.overrides, Mapping) else self.overrides
+            object.__setattr__(self, "overrides", tuple((pattern, recipe) for pattern, recipe in overrides))
+            for pattern, recipe in self.overrides:
+                if not isinstance(pattern, str) or not isinstance(recipe, Recipe) or recipe.overrides:
+                    raise ValueError(f"overrides: {pattern!r}: {recipe!r} is not a Recipe without overrides of its own")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"recipe {self.name!r}: {error}") from error
+
+    def for_layer(self, names: Sequence[str]) -> Recipe:
+        """The recipe of the layer that goes by ``names`` (several, if the module is shared)."""
+        found = self
+        for pattern, recipe in self.overrides:
+            if matches(names, pattern):
+                found = recipe
+        return found
 
     def __str__(self) -> str:
         return f"out {self.output} · gi {self.grad_input} · gw {self.grad_weight}"
 
 
-def recipe_from_mapping(data: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from nested mappings, as read from YAML.
-
-    A range is written as its name, or as a mapping with ``name`` and the rule's own fields.
-
-    Raises:
-        ValueError: An unknown or badly typed field; the message gives its dotted path and value.
-    """
-    return _build(Recipe, data, "recipe")
-
-
-_NESTED: dict[str, type] = dict.fromkeys(CONTRACTIONS, ContractionSpec) | dict.fromkeys(("lhs", "rhs"), OperandSpec)
-
-
-def _build(cls: type, data: Any, path: str) -> Any:
-    if not isinstance(data, Mapping):
-        raise ValueError(f"{path}: {data!r} is not a mapping of fields")
-    known = [f.name for f in dataclasses.fields(cls)]
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        if key not in known:
-            raise ValueError(f"{path}: field {key!r} is not one of {', '.join(known)}")
-        if key in _NESTED:
-            value = _build(_NESTED[key], value, f"{path}.{key}")
-        elif key == "range":
-            value = _range(value, f"{path}.range")
-        values[key] = value
-    missing = [f.name for f in dataclasses.fields(cls) if f.name not in values and _required(f)]
-    if missing:
-        raise ValueError(f"{path}: field {missing[0]!r} is missing")
-    return _at(path, cls, values)
-
-
-def _range(value: Any, path: str) -> RangeRule:
-    if isinstance(value, str):
-        value = {"name": value}
-    if not isinstance(value, Mapping) or "name" not in value:
-        raise ValueError(f"{path}: {value!r} is neither the name of a range rule nor a mapping with 'name'")
-    return _at(path, ranges.make, value)
-
-
-def _at(path: str, build: Any, values: Mapping[str, Any]) -> Any:
-    try:
-        return build(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+def matches(names: Sequence[str], pattern: str) -> bool:
+    """Whether ``pattern`` is one of the names of a layer or of a module around it, or a glob of one."""
+    paths = [name.split(".") for name in names]
+    return any(fnmatchcase(".".join(path[: i + 1]), pattern) for path in paths for i in range(len(path)))
 
 
 def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Ranks agree on clip values: one flat all-reduce after a refresh, in force from the next step."""
+"""Ranks agree on clip values, distances and errors: one flat all-reduce after a refresh, in force at the next step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SYNC_CLIP = ("max", "mean", "local")
 """What ranks do with each other's clip values."""
 
 
-def agree_on_clip_values(operands: Sequence[Operand], mode: str) -> None:
-    """Replace the clip values of ``operands`` by their maximum or mean over the ranks that have one.
+def agree(operands: Sequence[Operand], mode: str) -> None:
+    """Replace what ``operands`` share by the maximum or mean over the ranks that have it.
 
     Every rank must pass the same operands. A layer that a rank has not called yet takes the others' values.
 
@@ -25,11 +25,12 @@ def agree_on_clip_values(operands: Sequence[Operand], mode: str) -> None:
     """
     # Communicate where the model is: keys stay on the host, clip values follow the tensors.
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    sizes = [o.clip_shape.numel() for o in operands]
-    values = torch.cat([_flat(o, size, device) for o, size in zip(operands, sizes, strict=True)])
+    parts = [part for operand in operands for part in operand.shared()]
+    sizes = [shape.numel() for shape, _ in parts]
+    values = torch.cat([_flat(value, size, device) for (_, value), size in zip(parts, sizes, strict=True)])
     known = torch.isfinite(values)
     if mode == "max":
-        # Clip values are never negative, so -1 stands for "none here".
+        # Nothing shared is ever negative, so -1 stands for "none here".
         merged = torch.where(known, values, -1.0)
         dist.all_reduce(merged, op=dist.ReduceOp.MAX)
         anywhere = merged >= 0
@@ -38,12 +39,15 @@ def agree_on_clip_values(operands: Sequence[Operand], mode: str) -> None:
         dist.all_reduce(sums, op=dist.ReduceOp.SUM)
         anywhere = sums[1] > 0
         merged = sums[0] / sums[1].clamp(min=1.0)
-    for operand, value, some in zip(operands, merged.split(sizes), anywhere.split(sizes), strict=True):
-        if bool(some.all()):
-            operand.clip_value = value.reshape(operand.clip_shape).clone()
+    agreed = iter(
+        value.reshape(shape).clone() if bool(some.all()) else None
+        for (shape, _), value, some in zip(parts, merged.split(sizes), anywhere.split(sizes), strict=True)
+    )
+    for operand in operands:
+        operand.agree([next(agreed) for _ in operand.shared()])
 
 
-def _flat(operand: Operand, size: int, device: torch.device) -> Tensor:
-    if operand.clip_value is None:
+def _flat(value: Tensor | None, size: int, device: torch.device) -> Tensor:
+    if value is None:
         return torch.full((size,), torch.nan, device=device)
-    return operand.clip_value.to(device).reshape(-1)
+    return value.to(device, torch.float32).reshape(-1)

@@ -97,7 +97,7 @@ def test_per_channel_scales_on_a_summed_axis_are_refused_by_name():
     [
         ("outputs: {}", "recipe: field 'outputs' is not one of name, output, grad_input, grad_weight"),
         ("output: {left: {}}", "recipe.output: field 'left' is not one of lhs, rhs"),
-        ("output: {lhs: {bits: 7}}", "recipe.output.lhs: bits: 7 is not one of 8, 16, 24"),
+        ("output: {lhs: {bits: 7}}", "recipe.output.lhs: bits: 7 is not one of 8, 9, 16, 24"),
         ("output: {lhs: {bits: '8'}}", "recipe.output.lhs: bits: '8' is not one of"),
         ("grad_input: {lhs: {rounding: up}}", "recipe.grad_input.lhs: rounding: 'up' is not one of"),
         ("output: {lhs: {affine: 1}}", "recipe.output.lhs: affine: 1 is not one of False, True"),

@@ -7,7 +7,9 @@ import torch
 from conftest import BATCH, BATCHES, Digits, read_digits, same, snapshot
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_int8 import Int8Precision
+from lightning_int8 import Int8Precision, recipes
+from lightning_int8.callbacks import AdaptiveBitWidth, DeviationCounteractiveLR
+from lightning_int8.optim import FixedPointSGD
 from lightning_int8.rewrite import layer_states
 
 REFRESH = 3
@@ -99,6 +101,38 @@ def test_an_interrupted_run_goes_on_bit_for_bit(precision, step, saving, make_tr
     trainer = make_trainer(*plugins(precision), max_epochs=3)
     trainer.fit(model, ckpt_path=tmp_path / "saved.ckpt")
     assert same(end_state(trainer, model), uninterrupted)
+
+
+class FixedPoint(Resumable):
+    def configure_optimizers(self):
+        return FixedPointSGD(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize("callbacks", [False, True], ids=["recipe alone", "with callbacks"])
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_resumes_bit_for_bit(name, callbacks, make_trainer, tmp_path):
+    """Factors below 1, widths above 8, layers kept in float: whatever was decided is in the checkpoint."""
+    kind = FixedPoint if recipes.get(name).optimizer else Resumable
+
+    def trainer(*more, **arguments):
+        steering = [DeviationCounteractiveLR(alpha=300.0), AdaptiveBitWidth(threshold=1e-4)] if callbacks else []
+        plugin = Int8Precision(name, refresh=REFRESH)
+        return make_trainer(plugin, max_epochs=2, callbacks=[*steering, *more], **arguments)
+
+    whole = trainer()
+    whole.fit(model := kind())
+    uninterrupted = end_state(whole, model)
+    if callbacks:
+        layers = whole.precision_plugin.layers
+        assert min(layer.factor for layer in layers) < 1
+        assert max(o.bits for layer in layers for o in layer.distinct_operands()) > 8
+
+    saver = ModelCheckpoint(tmp_path, filename="saved", every_n_train_steps=4)
+    with pytest.raises(Interrupted):
+        trainer(saver, InterruptAfter(4), enable_checkpointing=True).fit(kind())
+    resumed = trainer()
+    resumed.fit(model := kind(seed=9), ckpt_path=tmp_path / "saved.ckpt")
+    assert same(end_state(resumed, model), uninterrupted)
 
 
 def test_the_interrupted_runs_above_would_differ_without_the_plugin_state(make_trainer, tmp_path):

@@ -17,7 +17,7 @@ from torch import nn
 from lightning_int8 import recipes
 from lightning_int8.cli import main
 from lightning_int8.cli.train import check_counts, summary
-from lightning_int8.spec import recipe_from_mapping
+from lightning_int8.recipe_mapping import recipe_from_mapping
 from lightning_int8.vision import experiment
 from lightning_int8.vision.experiment import Result, Settings, StepClock, run, trainer_precision
 from lightning_int8.vision.models import MODELS

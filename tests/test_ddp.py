@@ -1,6 +1,7 @@
 """Two processes on one machine. Run as a script, this file is the program that both of them execute."""
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,8 +16,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_int8 import Int8Precision, backends
+from lightning_int8 import Int8Precision, backends, recipes
 from lightning_int8.fabric import Int8Precision as FabricInt8Precision
+from lightning_int8.optim import FixedPointSGD
+from lightning_int8.policies import BitWidthRule, DeviationFactor
 from lightning_int8.rewrite import conversion_of, layer_states
 
 REFRESH = 2
@@ -90,8 +93,20 @@ def clip_values(model):
     }
 
 
-def fit(model, sync_clip="max", ckpt_path=None, save_to=None, unused=False, **arguments):
-    plugin = Int8Precision(refresh=REFRESH, sync_clip=sync_clip)
+class FixedPoint(Digits):
+    def configure_optimizers(self):
+        return FixedPointSGD(self.parameters(), 0.1)
+
+
+def by_recipe():
+    """Recipes with something to decide between steps, and rules that make them decide."""
+    wide = dataclasses.replace(recipes.get("fixed_point"), bit_width=BitWidthRule(threshold=1e-4))
+    slow = dataclasses.replace(recipes.get("unified"), learning_rate=DeviationFactor(alpha=300.0))
+    return {name: recipes.get(name) for name in recipes.names()} | {"fixed_point": wide, "unified": slow}
+
+
+def fit(model, sync_clip="max", ckpt_path=None, save_to=None, unused=False, recipe="default", **arguments):
+    plugin = Int8Precision(recipe, refresh=REFRESH, sync_clip=sync_clip)
     strategy = DDPStrategy(timeout=timedelta(seconds=60), find_unused_parameters=unused)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "limit_val_batches": 0}
@@ -108,6 +123,9 @@ def fit(model, sync_clip="max", ckpt_path=None, save_to=None, unused=False, **ar
             "optimizer": [o.state_dict() for o in trainer.optimizers],
             "plugin": plugin.state_dict(),
             "steps": conversion_of(model).clock.steps,
+            "factors": {s.name: s.factor for s in layer_states(model)},
+            "bits": {f"{s.name} {o.slot}": o.bits for s in layer_states(model) for o in s.distinct_operands()},
+            "float layers": [s.name for s in layer_states(model) if s.kept_float],
         }
     )
 
@@ -168,6 +186,11 @@ def main(folder):
     results["branching"] = fit(Branching(), max_epochs=1, unused=True)
     results["two optimizers"] = fit(TwoOptimizers(), max_epochs=2)
     results["wrapped optimizer"] = fit(Wrapped(), max_epochs=2)
+    for name, recipe in by_recipe().items():
+        kind = FixedPoint if recipe.optimizer else Digits
+        results[name] = fit(kind(), recipe=recipe, max_epochs=2, save_to=folder / "b.ckpt")
+        fit(kind(), recipe=recipe, max_epochs=1, save_to=folder / "b.ckpt")
+        results[f"{name}, resumed"] = fit(kind(seed=9), recipe=recipe, max_epochs=2, ckpt_path=folder / "b.ckpt")
     results["fabric"] = fit_with_fabric()
     results["fabric, adversaries"] = fit_adversaries_with_fabric()
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
@@ -227,6 +250,22 @@ def test_clip_values_are_equal_on_all_ranks(ranks, run):
 @pytest.mark.parametrize("run", ["branching", "two optimizers", "wrapped optimizer", "fabric", "fabric, adversaries"])
 def test_clip_values_are_equal_however_the_optimizer_is_called(ranks, run):
     assert same(ranks[0][run]["clip values"], ranks[1][run]["clip values"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_every_recipe_decides_the_same_on_all_ranks(ranks, recipe):
+    for field in ("clip values", "bits", "factors", "float layers"):
+        assert same(*(r[recipe][field] for r in ranks)), field
+    assert same(*(batch_norm_aside(r[recipe]["weights"]) for r in ranks))
+    for rank in ranks:
+        assert same(rank[f"{recipe}, resumed"]["plugin"], rank[recipe]["plugin"])
+        resumed = rank[f"{recipe}, resumed"]["weights"]
+        assert same(batch_norm_aside(resumed), batch_norm_aside(rank[recipe]["weights"]))
+    result = ranks[0][recipe]
+    assert (min(result["factors"].values()) < 1) == (recipe == "unified")
+    assert (max(result["bits"].values()) > 8) == (recipe in ("fixed_point", "scalable", "wageubn"))
+    assert result["float layers"] == (["net.0", "net.5"] if recipes.get(recipe).keep_float else [])
 
 
 @pytest.mark.slow

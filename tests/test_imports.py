@@ -17,18 +17,26 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 ORDER = (
     {"version", "generator"},
-    {"numerics"},
+    {"numerics", "grids"},
+    {"measures", "cpu_magnitudes", "magnitudes"},
     {"ranges"},
+    {"policies"},
     {"spec"},
+    {"recipe_mapping"},
     {"geometry", "backends", "recipes", "kernels"},
-    {"clock", "operand"},
+    {"clock", "bit_width", "operand"},
     {"contraction"},
     {"layers"},
-    {"report"},
+    {"report", "steering"},
+    {"settings"},
+    {"norm", "optim"},
+    {"eligibility"},
     {"rewrite"},
-    {"sync", "engine"},
+    {"sync", "checkpoint"},
+    {"engine"},
     {"hosts"},
     {"precision", "fabric"},
+    {"callbacks"},
     {"lightning_int8"},  # the public names
     {"vision"},
     {"cli"},
@@ -39,7 +47,10 @@ module takes its place here."""
 LATE = {"lightning", "pytorch_lightning", "torchmetrics", "cupy", "numba", "torchvision", "transformers", "matplotlib"}
 """What `import lightning_int8` must not import."""
 
-MAY_IMPORT_LATE = {"numba": {"backends"}, "lightning": {"precision", "fabric", "vision", "cli"}}
+MAY_IMPORT_LATE = {
+    "numba": {"backends", "cpu_magnitudes"},
+    "lightning": {"precision", "fabric", "callbacks", "vision", "cli"},
+}
 """Where such a package may be named at the top of a module; ``torchmetrics`` goes with lightning."""
 
 MEDIAN_LINES, MOST_LINES = 150, 300

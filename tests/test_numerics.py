@@ -2,22 +2,25 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_int8 import numerics
+from lightning_int8 import numerics, ranges
 from lightning_int8.backends import load
 from lightning_int8.generator import random_bits
+from lightning_int8.measures import quantization_error
 from lightning_int8.numerics import MIN_CLIP_VALUE, TRUTH_TABLE, absmax, dequantize, from_integers, largest_integer
+from lightning_int8.policies import WIDTHS
 from lightning_int8.spec import OperandSpec
 
 STANDARD_ERRORS = 4.0
 """Distance from the expected value that chance alone exceeds once in 16,000."""
 
 KEY = torch.tensor([1234, 0, 7])
-BITS = st.sampled_from(numerics.BITS)
+BITS = st.sampled_from(WIDTHS)
 
 
 def fused(x, clip_value, *, bits=8, affine=False, axis=None, stochastic=False, key=KEY):
@@ -91,7 +94,7 @@ def test_largest_integers():
 
 
 @pytest.mark.parametrize("quantize", [eager, fused])
-@pytest.mark.parametrize("bits", numerics.BITS)
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_planes_recombine_to_the_rounded_integer(bits, quantize):
     largest = largest_integer(bits)
     steps = torch.cat([torch.arange(-1000, 1001), torch.linspace(-largest, largest, 5001).long()])
@@ -128,6 +131,44 @@ def test_dequantize_inverts_from_integers(bits, data):
     assert torch.equal(dequantize(q), ((values.double() - zero) * step.double()).float())
     assert q.planes[0].data.shape == q.shape == values.shape
     assert_bit_equal(numerics.Quantized.from_tensors(q.tensors(), q.axis), q)
+
+
+@given(
+    values=st.lists(st.floats(-3.0, 3.0, width=32), min_size=1, max_size=40),
+    exponent=st.integers(-8, 8),
+    stochastic=st.booleans(),
+)
+@settings(deadline=None, max_examples=100)
+def test_the_flag_format_is_a_coarse_or_a_fine_code(values, exponent, stochastic):
+    """FlagQE2 of Yang et al. 2019, with the fine code clipped to ±127, against a NumPy twin."""
+    x = np.array(values, np.float32) * np.float32(2.0**exponent)
+    limit = np.float32(2.0**exponent)  # R; the coarse step is R / 128
+    q = eager(torch.from_numpy(x), torch.tensor(limit * 127 / 128), bits=9, stochastic=stochastic)
+    coarse, fine = (p.data.numpy() for p in q.planes)
+    assert not (coarse.astype(bool) & fine.astype(bool)).any()
+    assert [p.scale.item() for p in q.planes] == [limit / 128, limit / 128**2]
+    y = np.clip(x / (limit / 128), -127, 127)
+    is_fine = np.abs(y) < 1
+    assert not coarse[is_fine].any()
+    assert not fine[~is_fine].any()
+    exact = np.where(is_fine, y * 128, y)
+    code = np.where(is_fine, fine, coarse)
+    if stochastic:
+        assert (np.abs(code - exact) <= 1).all()
+    else:
+        assert np.array_equal(code, np.clip(np.rint(exact), -127, 127))
+
+
+def test_the_flag_format_keeps_what_eight_bits_lose():
+    """Shares of exact zeros and cosine distances of methods.md 4a, Student-t(3)."""
+    torch.manual_seed(0)
+    x = torch.distributions.StudentT(3.0).sample((1_000_000,))
+    clip_value = ranges.make("power_of_two", rounding="nearest").clip_value(x, None, None, 9)
+    errors = quantization_error(x, [clip_value, clip_value], [8, 9], affine=False, axis=None)
+    zeros = [float((dequantize(eager(x, clip_value, bits=bits)) == 0).float().mean()) for bits in (8, 9)]
+    assert 0.2 < zeros[0] < 0.5
+    assert zeros[1] < 0.01
+    assert errors.cosine_distance[1] < 0.5 * errors.cosine_distance[0]
 
 
 # --- Nearest rounding and zero points --------------------------------------------------------------------------------

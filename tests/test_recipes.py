@@ -12,7 +12,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_int8 import ContractionSpec, OperandSpec, Recipe, convert, gemm_counts, ranges, recipes
-from lightning_int8.spec import CHANNEL_AXIS, CONTRACTIONS, OPERANDS, recipe_from_mapping, reduction_limit
+from lightning_int8.policies import BitWidthRule, DeviationFactor
+from lightning_int8.recipe_mapping import recipe_from_mapping
+from lightning_int8.report import current
+from lightning_int8.rewrite import conversion_of
+from lightning_int8.spec import CHANNEL_AXIS, CONTRACTIONS, NORMS, OPERANDS, reduction_limit
 
 LOSS_RATIO = 0.5
 """Loss after the toy training over loss before; float32 reaches about 0.05."""
@@ -25,6 +29,9 @@ def to_mapping(value):
     if not dataclasses.is_dataclass(value):
         return value
     fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Recipe):
+        parts = {glob: to_mapping(part) for glob, part in value.overrides}
+        fields["overrides"] = {glob: {k: v for k, v in m.items() if k != "overrides"} for glob, m in parts.items()}
     module = type(value).__module__
     return {"name": module.rpartition(".")[2], **fields} if module.startswith(ranges.__name__) else fields
 
@@ -78,7 +85,12 @@ def test_a_recipe_lowers_the_loss_and_its_contractions_are_counted(name):
     assert losses[-1] < LOSS_RATIO * losses[0], losses
     counts = gemm_counts(model)
     assert list(counts) == report.converted
+    kept = {r.name for r in current(conversion_of(model).report, model).rows if r.reason.startswith("keep_float")}
+    assert kept == {{"first": "0", "last": "5"}[position] for position in recipes.get(name).keep_float}
     for layer, of in counts.items():
+        if layer in kept:
+            assert of["output"] == 1, "the first step shows the order"
+            continue
         assert of["output"] >= STEPS, layer
         assert of["grad_weight"] >= STEPS, layer
         assert of["grad_input"] == 0 if layer == "0" else of["grad_input"] >= STEPS, layer
@@ -106,16 +118,21 @@ def any_recipe(draw):
     def operand(contraction, side):
         per = draw(st.sampled_from(["tensor", "channel"])) if (contraction, side) in CHANNEL_AXIS else "tensor"
         rounding = draw(st.sampled_from(["nearest", "stochastic"]))
-        return OperandSpec(
-            bits=draw(st.sampled_from([8, 16, 24])),
-            range=draw(RULES),
-            per=per,
-            rounding=rounding,
-            affine=draw(st.booleans()),
-        )
+        bits = draw(st.sampled_from([8, 9, 16, 24]))
+        affine = bits != 9 and draw(st.booleans())
+        return OperandSpec(bits=bits, range=draw(RULES), per=per, rounding=rounding, affine=affine)
 
     parts = {c: ContractionSpec(lhs=operand(c, "lhs"), rhs=operand(c, "rhs")) for c in CONTRACTIONS}
-    return Recipe(name=draw(st.text("abc_", min_size=1)), **parts)
+    rest = {
+        "norm": draw(st.sampled_from(NORMS)),
+        "keep_float": draw(st.sampled_from([(), ("first",), ("last",), ("first", "last")])),
+        "learning_rate": draw(st.none() | st.builds(DeviationFactor, alpha=st.floats(0, 100), beta=st.floats(0, 1))),
+        "bit_width": draw(st.none() | st.builds(BitWidthRule, mode=st.sampled_from([1, 2]))),
+    }
+    recipe = Recipe(name=draw(st.text("abc_", min_size=1)), **parts, **rest)
+    plain = Recipe(name=recipe.name, grad_weight=parts["grad_weight"])
+    overrides = draw(st.sampled_from([(), (("head", plain),), (("*.dw", plain), ("head", plain))]))
+    return dataclasses.replace(recipe, overrides=overrides)
 
 
 @given(any_recipe())
@@ -136,7 +153,7 @@ def test_a_file_without_a_name_takes_the_name_of_the_file_and_the_defaults(tmp_p
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("output: {lhs: {bits: 12}}", r"recipe\.output\.lhs: bits: 12 is not one of 8, 16, 24"),
+        ("output: {lhs: {bits: 12}}", r"recipe\.output\.lhs: bits: 12 is not one of 8, 9, 16, 24"),
         ("output: {lhs: {bits: 8.0}}", r"recipe\.output\.lhs: bits: 8\.0 is not one of"),
         ("grad_input: {lhs: {rounding: up}}", r"recipe\.grad_input\.lhs: rounding: 'up' is not one of"),
         ("grad_weight: {rhs: {affine: 1}}", r"recipe\.grad_weight\.rhs: affine: 1 is not one of"),
@@ -181,7 +198,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path):
     ("field", "value"),
     [
         ("bits", 4),
-        ("bits", 9),
+        ("bits", 10),
         ("bits", "8"),
         ("bits", True),
         ("per", "row"),

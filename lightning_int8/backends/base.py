@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_int8 import numerics
+from lightning_int8 import measures, numerics
 from lightning_int8.geometry import ConvGeometry
+from lightning_int8.measures import QuantizationError
 from lightning_int8.numerics import Plane, Quantized, along
 from lightning_int8.spec import CONTRACTIONS, OperandSpec
 
@@ -62,6 +64,12 @@ class Backend(ABC):
             stochastic=spec.rounding == "stochastic",
             key=key,
         )
+
+    def quantization_error(
+        self, x: Tensor, clip_values: Sequence[Tensor], bits: Sequence[int], affine: bool, axis: int | None
+    ) -> QuantizationError:
+        """See ``measures.quantization_error``: one pass where the device has a kernel for it."""
+        return measures.quantization_error(x, clip_values, bits, affine, axis)
 
     @abstractmethod
     def accumulate(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None) -> Tensor:

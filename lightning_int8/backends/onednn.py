@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
 import torch
@@ -13,7 +13,8 @@ from lightning_int8.backends import im2col, int_matmul
 from lightning_int8.backends.base import Backend
 from lightning_int8.backends.group_blocks import blocks
 from lightning_int8.geometry import ConvGeometry, Residue
-from lightning_int8.numerics import LOWER_PLANE_MAX, Plane, Quantized
+from lightning_int8.measures import QuantizationError
+from lightning_int8.numerics import FLAG_BITS, LOWER_PLANE_MAX, Plane, Quantized
 from lightning_int8.spec import INT32_MAX, OperandSpec
 
 COLUMN_BYTES = 4 << 20
@@ -32,7 +33,7 @@ class OneDNN(Backend):
     def __init__(self) -> None:
         self._matmul = int_matmul.exact_matmul()
         self.exact = self._matmul is not None
-        self._fused_quantize = _import_fused_quantize()
+        self._fused_quantize, self._fused_error = _import_fused_passes()
 
     def route(self, convolution: bool) -> str:
         """See ``Backend.route``."""
@@ -41,12 +42,20 @@ class OneDNN(Backend):
 
     def quantize(self, x: Tensor, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
         """See ``Backend.quantize``."""
-        if self._fused_quantize is None:
+        if self._fused_quantize is None or spec.bits == FLAG_BITS:
             return super().quantize(x, clip_value, spec, axis, key)
         m = numerics.affine_map(clip_value, spec.bits, spec.affine)
         integers, finite = self._fused_quantize(x, m, spec, axis, key)
         scale = m.scale if finite else torch.full_like(m.scale, torch.nan)
         return numerics.from_integers(integers, scale, m.zero, spec.bits, axis)
+
+    def quantization_error(
+        self, x: Tensor, clip_values: Sequence[Tensor], bits: Sequence[int], affine: bool, axis: int | None
+    ) -> QuantizationError:
+        """See ``Backend.quantization_error``."""
+        if self._fused_error is None or FLAG_BITS in bits:
+            return super().quantization_error(x, clip_values, bits, affine, axis)
+        return self._fused_error(x, clip_values, bits, affine, axis)
 
     def accumulate(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None) -> Tensor:
         """See ``Backend.accumulate``."""
@@ -162,13 +171,14 @@ def make() -> OneDNN:
     return OneDNN()
 
 
-def _import_fused_quantize() -> Callable[..., tuple[Tensor, bool]] | None:
-    """The fused pass, or None where numba cannot be imported."""
+def _import_fused_passes() -> tuple[Callable[..., tuple[Tensor, bool]] | None, Callable[..., QuantizationError] | None]:
+    """The fused passes, or None where numba cannot be imported."""
     try:
+        from lightning_int8.backends.cpu_measures import quantization_error
         from lightning_int8.backends.cpu_quantize import quantize
     except ImportError:
-        return None
-    return quantize
+        return None, None
+    return quantize, quantization_error
 
 
 def _columns(x: Plane, geometry: ConvGeometry) -> Tensor:

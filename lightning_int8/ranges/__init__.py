@@ -22,7 +22,7 @@ class RangeRule(Protocol):
         """Optimizer steps between refreshes; None takes the interval of the conversion."""
         ...
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None) -> Tensor:
+    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
         """Clip value of ``x``.
 
         Args:
@@ -30,9 +30,11 @@ class RangeRule(Protocol):
                 twice, with the magnitudes of the negative and of the positive part.
             axis: 0 or -1 for one clip value per index of that axis, None for one per tensor.
             previous: What the last refresh returned, or None at the first.
+            bits: Width of the operand; rules that put the scale on a grid need it.
 
         Returns:
-            float32 ``()`` or ``(C,)``, not negative, on the device of ``x``, without waiting for the host.
+            float32 ``()`` or ``(C,)``, not negative, on the device of ``x``; without waiting for the host, unless the
+            rule says that it does.
         """
         ...
 
@@ -56,6 +58,12 @@ def make(name: str, **fields: Any) -> RangeRule:
         if field not in known:
             raise ValueError(f"range {name!r}: field {field!r} is not one of {', '.join(known)}")
     return rule(**fields)
+
+
+def check_fraction(field: str, value: float) -> None:
+    """Raise ValueError unless ``value`` lies in [0, 1)."""
+    if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{field}: {value!r} is not in [0, 1)")
 
 
 def check_every(every: int | None) -> None:

@@ -23,6 +23,6 @@ class Rule:
     def __post_init__(self) -> None:
         check_every(self.every)
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None) -> Tensor:
+    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
         """See ``RangeRule.clip_value``."""
         return numerics.absmax(x, axis)

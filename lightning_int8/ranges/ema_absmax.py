@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_int8 import numerics
-from lightning_int8.ranges import check_every
+from lightning_int8.ranges import check_every, check_fraction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +24,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_every(self.every)
-        if not 0.0 <= self.decay < 1.0:
-            raise ValueError(f"decay: {self.decay!r} is not in [0, 1)")
+        check_fraction("decay", self.decay)
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None) -> Tensor:
+    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
         """See ``RangeRule.clip_value``."""
         current = numerics.absmax(x, axis)
         return current if previous is None else self.decay * previous + (1.0 - self.decay) * current

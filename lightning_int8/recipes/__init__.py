@@ -8,7 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from lightning_int8.spec import Recipe, recipe_from_mapping
+from lightning_int8.recipe_mapping import recipe_from_mapping
+from lightning_int8.spec import Recipe
 
 
 def names() -> list[str]:
@@ -37,9 +38,10 @@ def get(recipe: str | Path | Recipe) -> Recipe:
 def _read(path: Path) -> Recipe:
     try:
         data = yaml.safe_load(path.read_text())
-        if isinstance(data, dict):
-            data.setdefault("name", path.stem)
-        return recipe_from_mapping(data)
+        if not isinstance(data, dict):
+            return recipe_from_mapping(data)
+        base = data.pop("base", None)
+        return recipe_from_mapping({"name": path.stem, **data}, None if base is None else get(base))
     except OSError as error:
         raise ValueError(f"recipe: cannot read {str(path)!r}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from lightning_int8 import Int8Precision, gemm_counts
+from lightning_int8 import Int8Precision, Recipe, gemm_counts
 from lightning_int8.vision.classifier import ImageClassifier
 from lightning_int8.vision.data import ImageData
 from lightning_int8.vision.models import MODELS
@@ -140,8 +140,11 @@ def run(
     precision: Mapping[str, Any],
     checkpoint: Path | None = None,
     progress: bool = True,
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Train one network and test it. Equal settings give equal weights to start from and equal batches.
+
+    The optimizer is the one that the recipe is meant for, SGD where it names none.
 
     Args:
         settings: Of the run.
@@ -149,6 +152,7 @@ def run(
         precision: What ``trainer_precision`` returned; a plugin in it belongs to this one run.
         checkpoint: Where to save the trained state, if anywhere.
         progress: Whether to show Lightning's progress bar.
+        callbacks: More of them for the Trainer.
 
     Raises:
         ValueError: An unknown model.
@@ -161,7 +165,7 @@ def run(
         strategy="ddp" if settings.devices > 1 else "auto",
         max_epochs=settings.epochs,
         max_steps=settings.max_steps,
-        callbacks=[clock],
+        callbacks=[clock, *callbacks],
         enable_progress_bar=progress,
         logger=False,
         enable_checkpointing=False,
@@ -169,7 +173,10 @@ def run(
         **precision,
     )
     seed_everything(settings.seed, verbose=False)
-    classifier = ImageClassifier(settings.model, images.train_images.shape[1], images.classes, settings.lr)
+    recipe = precision["plugins"][0].recipe if "plugins" in precision else Recipe(name="float")
+    classifier = ImageClassifier(
+        settings.model, images.train_images.shape[1], images.classes, settings.lr, optimizer=recipe.optimizer or "SGD"
+    )
     one_step = contractions_of_one_step(classifier, images.train_images[:PROBE_IMAGES].float())
     data = ImageData(image_set=images, batch_size=settings.batch_size, seed=settings.seed)
 
@@ -183,7 +190,7 @@ def run(
         step_milliseconds=clock.step_milliseconds,
         steps=clock.training_steps,
         counted=gemm_counts(classifier),
-        required=contractions_of_a_run(one_step, clock.training_steps, clock.evaluation_steps),
+        required=contractions_of_a_run(one_step, clock.training_steps, clock.evaluation_steps, recipe.keep_float),
         is_global_zero=trainer.is_global_zero,
     )
 

@@ -1,0 +1,95 @@
+"""The statistics of ``magnitudes`` in fused passes over memory (numba)."""
+
+from __future__ import annotations
+
+import numba as nb
+import numpy as np
+import torch
+from torch import Tensor
+
+_jit = nb.njit(nogil=True, error_model="numpy", cache=True)
+
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+
+def histogram(x: Tensor, first: int, bins: int, shift: int) -> tuple[Tensor, Tensor]:
+    """Counts and sums of |x|, float64 ``(bins,)``, by ``(bit pattern >> shift) - first``; zeros are left out."""
+    values = x.detach().float().contiguous().view(-1)
+    counts, sums = np.zeros(bins), np.zeros(bins)
+    _histogram(values.view(torch.int32).numpy().view(np.uint32), values.numpy(), first, np.uint32(shift), counts, sums)
+    return torch.from_numpy(counts), torch.from_numpy(sums)
+
+
+def largest_and_share_beyond_sigma(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    """See ``magnitudes.largest_and_share_beyond_sigma``."""
+    values = x.detach().float().contiguous()
+    if axis == -1:
+        matrix = values.view(-1, values.shape[-1]).numpy()
+        largest, share = _columns(matrix)
+    else:
+        matrix = values.view(1 if axis is None else values.shape[0], -1).numpy()
+        largest, share = _rows(matrix)
+    shape = () if axis is None else (-1,)
+    return torch.from_numpy(largest).reshape(shape), torch.from_numpy(share).reshape(shape)
+
+
+@_jit
+def _histogram(patterns, values, first, shift, counts, sums):
+    for i in range(values.size):
+        pattern = patterns[i] & _MAGNITUDE
+        if pattern != 0:
+            bin_ = max(np.int64(pattern >> shift) - first, 0)
+            counts[bin_] += 1.0
+            sums[bin_] += abs(values[i])
+
+
+@_jit
+def _rows(x):
+    rows, columns = x.shape
+    largest, share = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    for r in range(rows):
+        total = squares = 0.0
+        top = np.float32(0.0)
+        for c in range(columns):
+            v = x[r, c]
+            total += v
+            squares += np.float64(v) * v
+            top = _maximum(top, abs(v))
+        sigma = _sigma(total, squares, columns)
+        beyond = 0
+        for c in range(columns):
+            beyond += abs(x[r, c]) > sigma
+        largest[r], share[r] = top, beyond / columns
+    return largest, share
+
+
+@_jit
+def _columns(x):
+    rows, columns = x.shape
+    total, squares = np.zeros(columns), np.zeros(columns)
+    largest, sigma = np.zeros(columns, np.float32), np.empty(columns, np.float32)
+    beyond = np.zeros(columns, np.int64)
+    for r in range(rows):
+        for c in range(columns):
+            v = x[r, c]
+            total[c] += v
+            squares[c] += np.float64(v) * v
+            largest[c] = _maximum(largest[c], abs(v))
+    for c in range(columns):
+        sigma[c] = _sigma(total[c], squares[c], rows)
+    for r in range(rows):
+        for c in range(columns):
+            beyond[c] += abs(x[r, c]) > sigma[c]
+    return largest, (beyond / rows).astype(np.float32)
+
+
+@_jit
+def _maximum(a, b):
+    """The larger one; NaN once one of them is."""
+    return a if a >= b or a != a else b
+
+
+@_jit
+def _sigma(total, squares, count):
+    mean = total / count
+    return np.float32(np.sqrt(max(squares / count - mean * mean, 0.0)))
