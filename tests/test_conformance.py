@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_int8 import backends, convert, numerics
-from lightning_int8.backends import Counts, int_matmul
-from lightning_int8.backends import onednn as onednn_module
+from lightning_int8.backends import Counts, int_matmul, onednn
 from lightning_int8.backends.base import plane_pairs
+from lightning_int8.backends.cpu import gemm
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane, Quantized
 from lightning_int8.spec import CHANNEL_AXIS, CONTRACTIONS, OperandSpec, reduction_limit
@@ -25,7 +25,12 @@ from lightning_int8.spec import CHANNEL_AXIS, CONTRACTIONS, OperandSpec, reducti
 PLANE_SUM_ULPS = 4
 """Wide operands: onednn adds plane pairs in float32, reference in float64; ulps of the largest plane product."""
 
+EXTREMES = st.sampled_from([0, 0, 1, -1])
+
 examples = settings(deadline=None, max_examples=60)
+
+
+ROUTES = ("im2col", "direct")
 
 
 @st.composite
@@ -73,21 +78,20 @@ def random_operand(rng, shape, bits, affine, axis, extreme):
 
 
 @st.composite
-def cases(draw, linear):
-    contraction = draw(st.sampled_from(CONTRACTIONS))
-    geometry = None if linear else draw(geometries())
+def cases(draw, geometry):
+    contraction, geometry = draw(st.sampled_from(CONTRACTIONS)), draw(geometry)
     batch, n_in, n_out = draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(1, 9))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     operands = []
     for side, shape in zip(("lhs", "rhs"), shapes(contraction, geometry, batch, n_in, n_out), strict=True):
         axis = CHANNEL_AXIS.get((contraction, side)) if draw(st.booleans()) else None
         bits, affine = draw(st.sampled_from([8, 8, 16, 24])), draw(st.booleans())
-        operands.append(random_operand(rng, shape, bits, affine, axis, draw(st.sampled_from([0, 0, 1, -1]))))
+        operands.append(random_operand(rng, shape, bits, affine, axis, draw(EXTREMES)))
     return contraction, geometry, *operands
 
 
-def check(contraction, geometry, a, b):
-    fast, truth = backends.load("onednn"), backends.load("reference")
+def check(contraction, geometry, a, b, fast=None):
+    fast, truth = fast or backends.load("onednn"), backends.load("reference")
     for i, j in plane_pairs(a, b):
         sums = truth.accumulate(contraction, a.planes[i], b.planes[j], geometry)
         assert torch.equal(fast.accumulate(contraction, a.planes[i], b.planes[j], geometry).long(), sums)
@@ -111,15 +115,43 @@ def max_plane_product(truth, contraction, a, b, geometry):
 
 
 @examples
-@given(cases(linear=True))
+@given(cases(st.none()))
 def test_onednn_linear_equals_reference(case):
     check(*case)
 
 
 @examples
-@given(cases(linear=False))
+@given(cases(geometries()))
 def test_onednn_convolution_equals_reference(case):
     check(*case)
+
+
+@st.composite
+def image_cases(draw):
+    """Convolutions as networks have them: two dimensions, no dilation; dense, in groups or depthwise."""
+    kernel = draw(st.tuples(st.integers(1, 5), st.integers(1, 5)))
+    stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
+    padding = tuple((p, p) for p in draw(st.tuples(st.integers(0, 2), st.integers(0, 2))))
+    groups = draw(st.sampled_from([1, 1, 2, 5, 16, 33]))
+    size = tuple(k + draw(st.integers(1, 8)) for k in kernel)
+    geometry = ConvGeometry(
+        input_size=size, kernel_size=kernel, stride=stride, padding=padding, dilation=(1, 1), groups=groups
+    )
+    contraction, batch = draw(st.sampled_from(CONTRACTIONS)), draw(st.integers(1, 3))
+    channels = (1, 1) if groups > 2 else draw(st.tuples(st.integers(1, 20), st.integers(1, 20)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    left, right = shapes(contraction, geometry, batch, *channels)
+    axis = CHANNEL_AXIS.get((contraction, "rhs")) if draw(st.booleans()) else None
+    a = random_operand(rng, left, draw(st.sampled_from([8, 16])), draw(st.booleans()), None, draw(EXTREMES))
+    b = random_operand(rng, right, draw(st.sampled_from([8, 16])), draw(st.booleans()), axis, draw(EXTREMES))
+    return contraction, geometry, a, b
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@settings(deadline=None, max_examples=150)
+@given(case=image_cases())
+def test_every_route_equals_reference(route, case):
+    check(*case, onednn.OneDNN(int_matmul.exact_matmul(), only=route))
 
 
 # --- reference against int64 loops ---------------------------------------------------------------------------------
@@ -181,7 +213,7 @@ def test_reference_gradients_are_the_transpose_of_the_output(geometry, seed, aff
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("affine", [False, True])
 def test_sums_beyond_the_int32_limit_are_exact(sign, affine):
-    length = 3 * onednn_module.RAW_LIMIT + 5
+    length = 3 * gemm.RAW_LIMIT + 5
     assert length > reduction_limit(OperandSpec(affine=affine), OperandSpec())
     a = Plane(torch.full((length, 2), 127, dtype=torch.int8), torch.ones(()))
     zero = torch.tensor(-127 * sign, dtype=torch.int32) if affine else None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_int8 import magnitudes, measures, numerics, ranges
-from lightning_int8.backends import cpu_measures
+from lightning_int8.backends.cpu import measures as cpu_measures
 
 COUNT = 200_000
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_int8 import ContractionSpec, OperandSpec, Recipe, convert, gemm_counts
 from lightning_int8.backends import group_blocks, int_matmul, load, onednn
 from lightning_int8.backends.base import Backend
+from lightning_int8.backends.cpu import columns, direct_route
 from lightning_int8.layers import Int8Conv2d, Int8Linear
 from lightning_int8.report import execution_table
 from lightning_int8.rewrite import layer_states
@@ -21,22 +22,35 @@ from lightning_int8.spec import CONTRACTIONS
 PRODUCT_WORDS = re.compile(r".*mm|.*matmul|.*gemm|.*mv|v?dot|.*conv\w*|.*linear|einsum|addr|attention|lstm|gru|rnn")
 """Words in the names of operations that multiply and sum: mm, addmm, baddbmm, convolution, qlinear, dot, ..."""
 
-INT8_PRODUCT = "aten::_int_mm"
+INT8_PRODUCTS = {
+    "aten::_int_mm": (torch.int8, torch.int8),
+    "onednn::qconv_pointwise": (torch.uint8, torch.int8),  # data, packed weight; behind them scales and offsets
+}
+"""The operations whose multiplications are of 8-bit integers, and the dtypes of what they multiply."""
+
+PACKING = "onednn::qconv_prepack"
+"""Reorders a weight for the convolution that follows; multiplies nothing."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operation, with the dtypes and shapes of its tensors."""
+    """One operation, with the dtypes and shapes of its tensors and the shape of its result."""
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     shapes: tuple[tuple[int, ...], ...]
+    result: tuple[int, ...]
+
+    @property
+    def is_int8(self):
+        return self.dtypes[:2] == INT8_PRODUCTS.get(self.name)
 
     @property
     def macs(self):
-        """Multiply-accumulates of a matrix product."""
-        (m, k), (_, n) = self.shapes[:2]
-        return m * k * n
+        """Multiply-accumulates of a matrix product (M, K) · (K, N), or of a convolution by (Co, C / groups, *taps)."""
+        if self.name == "aten::_int_mm":
+            return prod(self.result) * self.shapes[0][1]
+        return prod(self.result) * prod(self.shapes[1][1:])
 
 
 class Products(TorchDispatchMode):
@@ -47,11 +61,13 @@ class Products(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        if any(PRODUCT_WORDS.fullmatch(word) for word in name.partition("::")[2].split("_")):
+        name, result = func._schema.name, func(*args, **(kwargs or {}))
+        if name != PACKING and any(PRODUCT_WORDS.fullmatch(word) for word in name.partition("::")[2].split("_")):
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
-            self.calls.append(Call(name, tuple(t.dtype for t in tensors), tuple(tuple(t.shape) for t in tensors)))
-        return func(*args, **(kwargs or {}))
+            shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
+            dtypes, shapes = zip(*((t.dtype, tuple(t.shape)) for t in tensors), strict=True) if tensors else ((), ())
+            self.calls.append(Call(name, dtypes, shapes, shape))
+        return result
 
 
 def calls_of_step(model, x):
@@ -66,14 +82,14 @@ def calls_of_step(model, x):
 
 def calls_per_count():
     """Products of the CPU that one counted contraction takes: two where only half the range is exact (no VNNI)."""
-    return 2 if load("onednn")._matmul is int_matmul.halves else 1
+    return 2 if load("onednn")._gemm.matmul is int_matmul.halves else 1
 
 
 def check_products(model, calls):
     """The checker: fails unless all products are INT8 and as many as the counters of ``model`` say."""
     for call in calls:
-        assert call.name == INT8_PRODUCT, f"not an INT8 product: {call}"
-        assert call.dtypes == (torch.int8, torch.int8), f"operands are not int8: {call}"
+        assert call.name in INT8_PRODUCTS, f"not an INT8 product: {call}"
+        assert call.is_int8, f"operands are not int8: {call}"
     counted = sum(sum(of.values()) for of in gemm_counts(model).values())
     assert len(calls) == counted * calls_per_count(), f"executed {len(calls)} products, counted {counted}"
 
@@ -96,6 +112,17 @@ def small_network():
         nn.LayerNorm(10),
         nn.Linear(10, 3),
     )
+
+
+ROUTES = ("im2col", "direct")
+
+
+def take_route(name, monkeypatch):
+    """Let convolutions take one route wherever it can, instead of the fastest."""
+    if name == "direct" and not direct_route.is_exact():
+        pytest.skip("without VNNI the direct convolution is not exact, hence not used")
+    backend = load("onednn")
+    monkeypatch.setattr(backend, "_convolutions", onednn.OneDNN(backend._gemm.matmul, only=name)._convolutions)
 
 
 SMALL_INPUT = (3, 2, 4, 3, 4)
@@ -219,6 +246,31 @@ def test_a_training_step_multiplies_in_int8_alone_and_counts_every_product():
     assert counts == dict.fromkeys(["4", "7", "10", "12"], once)
 
 
+def test_the_direct_convolution_is_an_int8_product_that_is_counted(monkeypatch):
+    take_route("direct", monkeypatch)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
+    convert(model, recipe=recipe_of(16, 8))
+    calls = calls_of_step(model, torch.randn(2, 3, 9, 9))
+    check_products(model, calls)
+    direct = [c for c in calls if c.name == "onednn::qconv_pointwise"]
+    assert len(direct) == 6  # two outputs and one grad_input, of two plane pairs each
+
+
+def test_a_float_convolution_in_place_of_the_direct_one_is_caught(monkeypatch):
+    take_route("direct", monkeypatch)
+
+    def fallback(data, weight, correlation, scales):
+        y = F.conv2d(data.data.movedim(-1, 1).float(), weight.data.movedim(-1, 1).float(), padding=1)
+        return y.movedim(1, -1) * scales.left * scales.right
+
+    monkeypatch.setattr(direct_route, "_convolution", fallback)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten())
+    convert(model)
+    with pytest.raises(AssertionError, match=r"not an INT8 product.*convolution"):
+        check_products(model, calls_of_step(model, torch.randn(2, 3, 9, 9)))
+
+
 def test_shapes_of_the_three_products_of_a_linear_layer():
     model = nn.Sequential(nn.Linear(6, 5))
     convert(model)
@@ -258,7 +310,7 @@ def test_without_vnni_each_product_is_two_of_half_the_range(affine, monkeypatch)
         convert(m, recipe=Recipe(name="plain", output=spec, grad_input=spec, grad_weight=spec))
     x = torch.randn(SMALL_INPUT)
     calls_of_step(other, x)
-    monkeypatch.setattr(load("onednn"), "_matmul", int_matmul.halves)
+    monkeypatch.setattr(load("onednn")._gemm, "matmul", int_matmul.halves)
     calls = calls_of_step(model, x)
     assert len(calls) == 28
     check_products(model, calls)
@@ -274,7 +326,7 @@ def test_counts_grow_by_the_step_and_evaluation_counts_its_output():
     model.eval()
     with torch.no_grad(), Products() as products:
         model(x)
-    assert [c.name for c in products.calls] == [INT8_PRODUCT] * 5 * calls_per_count()
+    assert [c.is_int8 for c in products.calls] == [True] * 5 * calls_per_count()
     assert gemm_counts(model)["10"] == {"output": 3, "grad_input": 2, "grad_weight": 2}
 
 
@@ -290,7 +342,7 @@ def test_the_reference_backend_is_never_counted_as_int8():
     model = small_network()
     convert(model, backend="reference", recipe=recipe_of(16, 8))
     calls = calls_of_step(model, torch.randn(SMALL_INPUT))
-    assert not any(c.name == INT8_PRODUCT for c in calls)
+    assert not any(c.name in INT8_PRODUCTS for c in calls)
     assert all(n == 0 for of in gemm_counts(model).values() for n in of.values())
     states = layer_states(model)
     assert [s.counts.of("output", "reference") for s in states] == [2] * 5
@@ -334,21 +386,23 @@ def required_macs(layer, x, contraction):
 def calls_by_contraction(layer, x, monkeypatch):
     """Products of one step of one layer, by the contraction that executes them."""
     calls = {c: [] for c in CONTRACTIONS}
-    accumulate = onednn.OneDNN.accumulate
+    scaled = onednn.OneDNN.scaled
 
-    def recorded(self, contraction, a, b, geometry):
+    def recorded(self, contraction, *args):
         with Products() as products:
-            sums = accumulate(self, contraction, a, b, geometry)
+            result = scaled(self, contraction, *args)
         calls[contraction] += products.calls
-        return sums
+        return result
 
-    monkeypatch.setattr(onednn.OneDNN, "accumulate", recorded)
+    monkeypatch.setattr(onednn.OneDNN, "scaled", recorded)
     layer(x.requires_grad_()).sum().backward()
     return calls
 
 
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_convolutions_do_the_work_that_their_geometry_requires(name, monkeypatch):
+def test_convolutions_do_the_work_that_their_geometry_requires(name, route, monkeypatch):
+    take_route(route, monkeypatch)
     make, shape = CONVOLUTIONS[name]
     source, x = make(), torch.randn(shape)
     layer = nn.Sequential(source)
@@ -359,7 +413,7 @@ def test_convolutions_do_the_work_that_their_geometry_requires(name, monkeypatch
     width = max(source.in_channels, source.out_channels) // source.groups
     merged = min(source.groups, ceil(group_blocks.BLOCK_CHANNELS / width))
     for contraction in CONTRACTIONS:
-        assert all(c.name == INT8_PRODUCT and c.dtypes == (torch.int8,) * 2 for c in calls[contraction])
+        assert all(c.is_int8 for c in calls[contraction])
         macs = sum(c.macs for c in calls[contraction]) / calls_per_count()
         assert required[contraction] <= macs <= required[contraction] * merged, contraction
     assert gemm_counts(layer)["0"] == {"output": 1, "grad_input": 1, "grad_weight": 1}
@@ -369,12 +423,12 @@ def test_convolutions_do_the_work_that_their_geometry_requires(name, monkeypatch
 def test_a_batch_in_chunks_does_the_same_work_to_the_bit(name, monkeypatch):
     make, shape = CONVOLUTIONS[name]
     x, gradients, work = torch.randn(5, *shape[1:]), [], []
-    for column_bytes in (onednn.COLUMN_BYTES, 1):
+    for column_bytes in (columns.COLUMN_BYTES, 1):
         torch.manual_seed(0)
         layer = nn.Sequential(make())
         convert(layer)
         with monkeypatch.context() as patch:
-            patch.setattr(onednn, "COLUMN_BYTES", column_bytes)
+            patch.setattr(columns, "COLUMN_BYTES", column_bytes)
             calls = calls_by_contraction(layer, x.clone(), patch)
         gradients.append(layer[0].weight.grad)
         work.append({c: sum(call.macs for call in calls[c]) for c in calls})

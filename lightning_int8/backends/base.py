@@ -85,6 +85,14 @@ class Backend(ABC):
             int32 or int64 sums ``(N, *out, Co)``, ``(N, *in, C)`` or ``(Co, *kernel, C / groups)``.
         """
 
+    def scaled(
+        self, contraction: str, a: Quantized, b: Quantized, i: int, j: int, geometry: ConvGeometry | None
+    ) -> Tensor:
+        """fl(fl(fl(sums) · scale_lhs) · scale_rhs) of planes ``a[i]`` and ``b[j]``, float32; see ``accumulate``."""
+        sums = self.accumulate(contraction, a.planes[i], b.planes[j], geometry)
+        left, right = output_scales(contraction, a, b, i, j, geometry, sums.dim())
+        return sums.to(torch.float32).mul_(left).mul_(right)
+
     def output(self, x: Quantized, w: Quantized, geometry: ConvGeometry | None, counts: Counts) -> Tensor:
         """x · w, float32, canonical order."""
         return self._contract("output", x, w, geometry, counts)
@@ -103,9 +111,8 @@ class Backend(ABC):
         assert contraction in CONTRACTIONS
         total: Tensor | None = None
         for i, j in plane_pairs(a, b):
-            sums = self.accumulate(contraction, a.planes[i], b.planes[j], geometry)
+            scaled = self.scaled(contraction, a, b, i, j, geometry)
             counts[self.name, contraction] += 1
-            scaled = apply_scales(sums, contraction, a, b, i, j, geometry)
             total = scaled if total is None else total.add_(scaled)
         assert total is not None
         return total
@@ -115,14 +122,6 @@ def plane_pairs(a: Quantized, b: Quantized) -> list[tuple[int, int]]:
     """Pairs of plane indices, the most significant product first."""
     pairs = [(i, j) for i in range(len(a.planes)) for j in range(len(b.planes))]
     return sorted(pairs, key=lambda ij: (ij[0] + ij[1], ij))
-
-
-def apply_scales(
-    sums: Tensor, contraction: str, a: Quantized, b: Quantized, i: int, j: int, geometry: ConvGeometry | None
-) -> Tensor:
-    """fl(fl(fl(sums) · scale_lhs) · scale_rhs), in float32."""
-    left, right = output_scales(contraction, a, b, i, j, geometry, sums.dim())
-    return sums.to(torch.float32).mul_(left).mul_(right)
 
 
 def output_scales(

@@ -52,16 +52,15 @@ class Block:
     def weight(self, w: Plane) -> Tensor:
         """Block-diagonal weight ``(out_count, *kernel, in_count)`` of ``w`` ``(Co, *kernel, C / groups)``.
 
-        Off the diagonal stands the zero point, so that those products vanish when it is taken off.
+        Off the diagonal stands the zero point (a scalar or ``(Co,)``), so that those products vanish when it is taken
+        off.
         """
         rows = w.data[self.outputs]
         if self.groups == 1:
             return rows
         dense = rows.new_zeros(*rows.shape[:-1], self.in_count)
         if w.zero_point is not None:
-            zero = w.zero_point
-            by_row = zero.dim() == 1 and zero.shape[0] == w.data.shape[0]
-            dense += along(self.out(zero), 0, dense.dim()) if by_row else self.inner(zero)
+            dense += along(self.out(w.zero_point), None if w.zero_point.dim() == 0 else 0, dense.dim())
         for k in range(self.groups):
             out = slice(k * self.group_out, (k + 1) * self.group_out)
             dense[out, ..., k * self.group_in : (k + 1) * self.group_in] = rows[out]
@@ -70,10 +69,6 @@ class Block:
     def out(self, value: Tensor) -> Tensor:
         """The block's part of a scalar or of a vector over output channels."""
         return value if value.dim() == 0 else value[self.outputs]
-
-    def inner(self, value: Tensor) -> Tensor:
-        """A scalar, or a vector over the input channels of a group, repeated for each group."""
-        return value if value.dim() == 0 else value.repeat(self.groups)
 
     def columns(self, value: Tensor, taps: int) -> Tensor:
         """A scalar, or the block's part of a vector over input channels, repeated for each tap."""

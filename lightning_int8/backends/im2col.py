@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
 
-def pad(x: Tensor, padding: Sequence[tuple[int, int]], fill: Tensor | None) -> Tensor:
+def pad(x: Tensor, padding: Sequence[tuple[int, int]], fill: Tensor | None, slack: int = 0) -> Tensor:
     """Extend (or, where negative, crop) the spatial axes.
 
     Args:
         x: int8 ``(N, *spatial, C)``, contiguous.
         padding: (before, after) per spatial axis.
         fill: The zero point, ``()`` or ``(C,)``; None fills with 0.
+        slack: Bytes that must be readable behind the result.
     """
-    if all(p == (0, 0) for p in padding):
+    if slack == 0 and all(p == (0, 0) for p in padding):
         return x
     sizes = [n + lo + hi for n, (lo, hi) in zip(x.shape[1:-1], padding, strict=True)]
-    out = x.new_zeros(x.shape[0], *sizes, x.shape[-1])
-    if fill is not None:
-        out[:] = fill.to(torch.int8)
+    count = x.shape[0] * prod(sizes) * x.shape[-1]
+    out = x.new_empty(count + slack)[:count].view(x.shape[0], *sizes, x.shape[-1])
+    border = 0 if fill is None else fill.to(torch.int8)
     inside, source = [slice(None)], [slice(None)]
-    for n, (lo, hi) in zip(x.shape[1:-1], padding, strict=True):
-        inside.append(slice(max(lo, 0), max(lo, 0) + n + min(lo, 0) + min(hi, 0)))
-        source.append(slice(max(-lo, 0), n - max(-hi, 0)))
+    for axis, (n, (lo, hi)) in enumerate(zip(x.shape[1:-1], padding, strict=True), start=1):
+        size = out.shape[axis]
+        if lo > 0:
+            out.narrow(axis, 0, min(lo, size))[:] = border
+        if hi > 0:
+            out.narrow(axis, max(size - hi, 0), min(hi, size))[:] = border
+        kept = max(0, n + min(lo, 0) + min(hi, 0))
+        inside.append(slice(max(lo, 0), max(lo, 0) + kept))
+        source.append(slice(max(-lo, 0), max(-lo, 0) + kept))
     out[tuple(inside)] = x[tuple(source)]
     return out
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba as nb
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.measures import QuantizationError
 from lightning_int8.numerics import affine_map, largest_integer
-
-_jit = nb.njit(nogil=True, error_model="numpy", cache=True)  # no fastmath: the rounding must be that of `quantize`
 
 
 def quantization_error(
@@ -34,7 +32,7 @@ def quantization_error(
     return QuantizationError.from_sums(torch.from_numpy(sums), values.numel())
 
 
-@_jit
+@compiled
 def _sums(x, maps, largest, by_column):
     sums = np.zeros((maps.shape[0], 6))
     for r in range(x.shape[0]):

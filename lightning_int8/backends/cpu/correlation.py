@@ -1,0 +1,131 @@
+"""Output and grad_input of a convolution as windowed sums of one form, so that a route computes only this form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lightning_int8.geometry import ConvGeometry, Residue
+from lightning_int8.numerics import Plane
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Σ over taps j and channels c of ``data[n, t · step + j · tap_step - before, c] · weight[o, j, c]`` at (n, t, o).
+
+    ``data`` is ``(N, *spatial, C)``, ``weight`` ``(Co, *taps, C / groups)``; each tuple has one entry per spatial axis.
+
+    Attributes:
+        size: Positions t.
+        step: Distance of the windows of neighbouring positions.
+        taps: Taps j.
+        tap_step: Distance of neighbouring taps.
+        padding: (before, after) by which the data is extended with its zero point; negative where it is cropped.
+        groups: Number of channel groups.
+    """
+
+    size: tuple[int, ...]
+    step: tuple[int, ...]
+    taps: tuple[int, ...]
+    tap_step: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    groups: int
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of one sample."""
+        return prod(self.size)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether the windows are the positions of the data themselves, one tap each."""
+        ones = all(n == 1 for n in (*self.taps, *self.step))
+        return ones and all(p == (0, 0) for p in self.padding)
+
+
+def output_correlation(geometry: ConvGeometry) -> Correlation:
+    """The output of a convolution: data x, weight w."""
+    return Correlation(
+        geometry.output_size,
+        geometry.stride,
+        geometry.kernel_size,
+        geometry.dilation,
+        geometry.padding,
+        geometry.groups,
+    )
+
+
+def residue_correlation(residue: Residue, groups: int) -> Correlation:
+    """grad_input at the positions of one residue class: data g, weight ``transposed_weight``."""
+    dims = residue.dims
+    return Correlation(
+        tuple(d.size for d in dims),
+        (1,) * len(dims),
+        tuple(len(d.taps) for d in dims),
+        tuple(d.tap_step for d in dims),
+        tuple(d.padding for d in dims),
+        groups,
+    )
+
+
+def correlations(contraction: str, geometry: ConvGeometry) -> list[Correlation]:
+    """The correlations that an "output" or a "grad_input" consists of."""
+    if contraction == "output":
+        return [output_correlation(geometry)]
+    reached = (r for r in geometry.residues() if all(d.taps for d in r.dims))
+    return [residue_correlation(r, geometry.groups) for r in reached]
+
+
+def transposed_weight(w: Plane, residue: Residue, groups: int) -> Plane:
+    """The weight that carries a gradient back: ``(C, *taps, Co / groups)`` of ``(Co, *kernel, C / groups)``.
+
+    A view where no tap is left out or turned round; the zero point becomes one per channel of C, or stays a scalar.
+    """
+    taps = [d.taps for d in residue.dims]
+    picked = w.data
+    for axis, (order, count) in enumerate(zip(taps, w.data.shape[1:-1], strict=True), start=1):
+        # A residue class takes every so manieth tap, the last one first.
+        distance = order[0] - order[1] if len(order) > 1 else count
+        if len(order) < count:
+            picked = picked.narrow(axis, order[-1], count - order[-1])
+            picked = picked[(slice(None),) * axis + (slice(None, len(order) * distance, distance),)]
+    turned = [axis for axis, order in enumerate(taps, start=1) if len(order) > 1]
+    picked = picked.flip(turned) if turned else picked
+    zero = w.zero_point
+    if zero is not None and zero.dim() == 1:
+        zero = zero.repeat(groups)
+    if groups == 1:
+        return Plane(picked.transpose(0, -1), w.scale, zero)
+    split = picked.unflatten(0, (groups, -1))  # (groups, Co / groups, *taps, C / groups)
+    return Plane(split.transpose(1, -1).flatten(0, 1), w.scale, zero)
+
+
+def assemble_grad_input(
+    geometry: ConvGeometry, batch: int, channels: int, dtype: torch.dtype, part: Callable[[Residue], Tensor]
+) -> Tensor:
+    """grad_input ``(N, *in, C)`` from its residue classes.
+
+    Args:
+        geometry: The convolution.
+        batch: N.
+        channels: C.
+        dtype: Of the parts; they may also be int64 where this is int32.
+        part: Sums ``(N, *size, C)`` of one class.
+    """
+    residues = geometry.residues()
+    parts = [(r, part(r)) for r in residues if all(d.taps for d in r.dims)]
+    if len(residues) == len(parts) == 1:
+        return parts[0][1]
+    if any(sums.dtype == torch.int64 for _, sums in parts):
+        dtype = torch.int64
+    # Input positions that no tap reaches have a gradient of 0.
+    new = torch.empty if len(parts) == len(residues) else torch.zeros
+    result = new(batch, *geometry.input_size, channels, dtype=dtype)
+    for residue, sums in parts:
+        positions = (slice(None), *(slice(d.first, None, d.stride) for d in residue.dims))
+        result[positions] = sums
+    return result

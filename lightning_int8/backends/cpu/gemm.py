@@ -1,0 +1,69 @@
+"""Exact matrix products of planes: zero points, sums beyond int32, and the epilogue."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_int8.backends.cpu.passes import compiled_pass
+from lightning_int8.backends.cpu.route import Scales
+from lightning_int8.backends.int_matmul import MatMul
+from lightning_int8.numerics import LOWER_PLANE_MAX
+from lightning_int8.spec import INT32_MAX
+
+RAW_LIMIT = INT32_MAX // (LOWER_PLANE_MAX * LOWER_PLANE_MAX)
+"""Longest sum of plane products that int32 holds for certain; zero points are taken off afterwards, in int64."""
+
+
+SCALE = compiled_pass("scale")
+"""The compiled epilogue, or None where numba cannot be imported."""
+
+
+class Gemm:
+    """Σ (a - zero_a)(b - zero_b) for int8 ``a`` ``(M, K)`` and ``b`` ``(K, N)`` of any strides.
+
+    Zero points are None, int32 ``()``, or ``(M,)`` for a and ``(N,)`` for b.
+
+    Attributes:
+        matmul: The product: int8 to exact int32 sums.
+    """
+
+    def __init__(self, matmul: MatMul) -> None:
+        self.matmul = matmul
+
+    @staticmethod
+    def dtype(length: int, zero_a: Tensor | None, zero_b: Tensor | None) -> torch.dtype:
+        """dtype of the sums: int64 where int32 may not do."""
+        return torch.int32 if length <= RAW_LIMIT and zero_a is None and zero_b is None else torch.int64
+
+    def sums(self, a: Tensor, b: Tensor, zero_a: Tensor | None, zero_b: Tensor | None) -> Tensor:
+        """The exact sums ``(M, N)``, int32 or int64."""
+        length = a.shape[1]
+        if length <= RAW_LIMIT:
+            sums = self.matmul(a, b)
+        else:
+            pieces = range(0, length, RAW_LIMIT)
+            parts = [self.matmul(a[:, k : k + RAW_LIMIT], b[k : k + RAW_LIMIT]).long() for k in pieces]
+            sums = torch.stack(parts).sum(0)
+        if zero_a is None and zero_b is None:
+            return sums
+        sums = sums.long()
+        left = 0 if zero_a is None else zero_a.long().reshape(-1, 1)
+        right = 0 if zero_b is None else zero_b.long().reshape(1, -1)
+        if zero_b is not None:
+            sums = sums - right * a.sum(1, dtype=torch.int64)[:, None]
+        if zero_a is not None:
+            sums = sums - left * b.sum(0, dtype=torch.int64)[None, :]
+        return sums + length * left * right
+
+    def into(
+        self, out: Tensor, a: Tensor, b: Tensor, zero_a: Tensor | None, zero_b: Tensor | None, scales: Scales | None
+    ) -> None:
+        """Write the sums, scaled to float32 if there are scales, to ``out`` ``(M, N)``."""
+        sums = self.sums(a, b, zero_a, zero_b)
+        if scales is None:
+            out.copy_(sums)
+        elif SCALE is not None and sums.dtype == torch.int32 and out.is_contiguous() and sums.is_contiguous():
+            SCALE.scale_into(out, sums, *scales)
+        else:
+            torch.mul(sums.to(torch.float32).mul_(scales.left), scales.right, out=out)

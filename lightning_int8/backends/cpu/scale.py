@@ -1,0 +1,66 @@
+"""The epilogue in one pass: int32 sums to float32, times both scales."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_int8.backends.cpu.compiler import at, compiled, wide_vectors
+from lightning_int8.backends.cpu.threads import split
+
+_BLOCK = 1024  # elements that one call of the inner loop takes, at least
+_SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
+
+
+def scale_into(out: Tensor, sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out = fl(fl(fl(sums) · left) · right)``.
+
+    Args:
+        out: float32 ``(rows, channels)``, contiguous.
+        sums: int32, as ``out``.
+        left: float32 ``()``.
+        right: float32 ``()`` or ``(channels,)``.
+    """
+    rows, channels = out.shape
+    sums_flat, out_flat = sums.view(-1).numpy(), out.view(-1).numpy()
+    factor = np.float32(left.item())
+    if right.dim() == 0:
+        second, block = np.float32(right.item()), _BLOCK
+    else:
+        repeats = min(rows, -(-_BLOCK // channels))
+        second, block = right.repeat(repeats).numpy(), repeats * channels
+
+    def work(start: int, stop: int) -> None:
+        part = slice(start * channels, stop * channels)
+        _scale_blocks(sums_flat[part], factor, second, block, out_flat[part])
+
+    split(work, rows, -(-_SMALLEST_PIECE // channels))
+
+
+def signed_to_unsigned(data: Tensor) -> Tensor:
+    """``data + 128`` as uint8, for int8 ``data``, contiguous."""
+    out = torch.empty_like(data, dtype=torch.uint8)
+    bytes_in, bytes_out = data.view(torch.uint8).view(-1).numpy(), out.view(-1).numpy()
+    split(lambda start, stop: _flip_sign_bit(bytes_in[start:stop], bytes_out[start:stop]), len(bytes_in), 1 << 18)
+    return out
+
+
+@compiled
+def _scale_blocks(sums, left, right, block, out):
+    for start in range(0, sums.size, block):
+        _scale(sums[start : start + block], left, right, out[start : start + block])
+
+
+@compiled
+def _scale(sums, left, right, out):
+    wide_vectors()
+    for i in range(sums.size):
+        out[i] = np.float32(np.float32(np.float32(sums[i]) * left) * at(right, i))
+
+
+@compiled
+def _flip_sign_bit(source, out):
+    wide_vectors()
+    for i in range(source.size):
+        out[i] = source[i] ^ np.uint8(128)
