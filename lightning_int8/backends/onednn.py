@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_int8 import numerics
 from lightning_int8.backends import int_matmul
 from lightning_int8.backends.base import Backend
 from lightning_int8.backends.cpu.choice import Choice
@@ -15,12 +14,19 @@ from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.direct_route import Direct
 from lightning_int8.backends.cpu.gemm import Gemm
 from lightning_int8.backends.cpu.im2col_route import Im2col
+from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Route, Scales
 from lightning_int8.backends.int_matmul import MatMul
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.measures import QuantizationError
 from lightning_int8.numerics import FLAG_BITS, Plane, Quantized
 from lightning_int8.spec import OperandSpec
+
+QUANTIZE = compiled_pass("quantize")
+"""The compiled quantization, or None where numba cannot be imported."""
+
+MEASURES = compiled_pass("measures")
+"""The compiled measurement of quantization errors, or None."""
 
 
 class OneDNN(Backend):
@@ -43,7 +49,6 @@ class OneDNN(Backend):
             self._convolutions = Choice(routes, im2col, ChoiceFile())
         else:
             self._convolutions = Choice([*(r for r in routes if r.name == only), im2col], im2col, None)
-        self._fused_quantize, self._fused_error = _import_fused_passes()
 
     def route(self, convolution: bool) -> str:
         """See ``Backend.route``."""
@@ -55,20 +60,17 @@ class OneDNN(Backend):
 
     def quantize(self, x: Tensor, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
         """See ``Backend.quantize``."""
-        if self._fused_quantize is None or spec.bits == FLAG_BITS:
+        if QUANTIZE is None:
             return super().quantize(x, clip_value, spec, axis, key)
-        m = numerics.affine_map(clip_value, spec.bits, spec.affine)
-        integers, finite = self._fused_quantize(x, m, spec, axis, key)
-        scale = m.scale if finite else torch.full_like(m.scale, torch.nan)
-        return numerics.from_integers(integers, scale, m.zero, spec.bits, axis)
+        return QUANTIZE.quantize(x, clip_value, spec, axis, key)
 
     def quantization_error(
         self, x: Tensor, clip_values: Sequence[Tensor], bits: Sequence[int], affine: bool, axis: int | None
     ) -> QuantizationError:
         """See ``Backend.quantization_error``."""
-        if self._fused_error is None or FLAG_BITS in bits:
+        if MEASURES is None or FLAG_BITS in bits:
             return super().quantization_error(x, clip_values, bits, affine, axis)
-        return self._fused_error(x, clip_values, bits, affine, axis)
+        return MEASURES.quantization_error(x, clip_values, bits, affine, axis)
 
     def accumulate(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None) -> Tensor:
         """See ``Backend.accumulate``."""
@@ -106,13 +108,3 @@ def _matrices(contraction: str, a: Plane, b: Plane) -> tuple[Tensor, Tensor]:
     if contraction == "output":
         return a.data, b.data.t()
     return (a.data, b.data) if contraction == "grad_input" else (a.data.t(), b.data)
-
-
-def _import_fused_passes() -> tuple[Callable[..., tuple[Tensor, bool]] | None, Callable[..., QuantizationError] | None]:
-    """The fused passes, or None where numba cannot be imported."""
-    try:
-        from lightning_int8.backends.cpu.measures import quantization_error
-        from lightning_int8.backends.cpu_quantize import quantize
-    except ImportError:
-        return None, None
-    return quantize, quantization_error

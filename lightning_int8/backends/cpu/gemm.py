@@ -8,12 +8,18 @@ from torch import Tensor
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.backends.int_matmul import MatMul
-from lightning_int8.numerics import LOWER_PLANE_MAX
+from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX
 from lightning_int8.spec import INT32_MAX
 
 RAW_LIMIT = INT32_MAX // (LOWER_PLANE_MAX * LOWER_PLANE_MAX)
-"""Longest sum of plane products that int32 holds for certain; zero points are taken off afterwards, in int64."""
+"""Longest sum of plane products that int32 holds for certain."""
 
+
+CENTRED_LIMIT = INT32_MAX // (INT8_MAX + LOWER_PLANE_MAX) ** 2
+"""Longest sum of products of centred planes, (plane - zero)(plane - zero), that int32 holds for certain."""
+
+CENTRE = compiled_pass("centre")
+"""The compiled pass that takes zero points off, or None where numba cannot be imported."""
 
 SCALE = compiled_pass("scale")
 """The compiled epilogue, or None where numba cannot be imported."""
@@ -34,7 +40,8 @@ class Gemm:
     @staticmethod
     def dtype(length: int, zero_a: Tensor | None, zero_b: Tensor | None) -> torch.dtype:
         """dtype of the sums: int64 where int32 may not do."""
-        return torch.int32 if length <= RAW_LIMIT and zero_a is None and zero_b is None else torch.int64
+        limit = RAW_LIMIT if zero_a is None and zero_b is None else CENTRED_LIMIT
+        return torch.int32 if length <= limit else torch.int64
 
     def sums(self, a: Tensor, b: Tensor, zero_a: Tensor | None, zero_b: Tensor | None) -> Tensor:
         """The exact sums ``(M, N)``, int32 or int64."""
@@ -47,6 +54,8 @@ class Gemm:
             sums = torch.stack(parts).sum(0)
         if zero_a is None and zero_b is None:
             return sums
+        if length <= CENTRED_LIMIT:
+            return _centred(sums, a, b, zero_a, zero_b)
         sums = sums.long()
         left = 0 if zero_a is None else zero_a.long().reshape(-1, 1)
         right = 0 if zero_b is None else zero_b.long().reshape(1, -1)
@@ -67,3 +76,25 @@ class Gemm:
             SCALE.scale_into(out, sums, *scales)
         else:
             torch.mul(sums.to(torch.float32).mul_(scales.left), scales.right, out=out)
+
+
+def _centred(sums: Tensor, a: Tensor, b: Tensor, zero_a: Tensor | None, zero_b: Tensor | None) -> Tensor:
+    """``sums`` without zero points, int32: intermediate results may wrap around, the last one does not.
+
+    Σ(a - zero_a)(b - zero_b) = Σab - (Σa)·zero_b - zero_a·(Σb - K·zero_b).
+    """
+    (rows, length), columns = a.shape, b.shape[1]
+    nothing = torch.zeros((), dtype=torch.int32)
+    left = (nothing if zero_a is None else zero_a).expand(rows)
+    right = (nothing if zero_b is None else zero_b).expand(columns)
+    sum_a = nothing.expand(rows) if zero_b is None else _row_sums(a)
+    sum_b = nothing.expand(columns) if zero_a is None else _row_sums(b.t())
+    rest = sum_b - length * right
+    if CENTRE is not None and sums.is_contiguous():
+        CENTRE.subtract_outer_products(sums, (sum_a, left), (right, rest))
+        return sums
+    return sums - (sum_a[:, None] * right + left[:, None] * rest)
+
+
+def _row_sums(a: Tensor) -> Tensor:
+    return CENTRE.row_sums(a) if CENTRE is not None else a.sum(1, dtype=torch.int32)
