@@ -148,7 +148,7 @@ class Operand:
         previous = None if previous is None else previous.to(x.device)
         if not self.spec.affine:
             return rule.clip_value(x, self.axis, previous, bits)
-        parts = ((-x).clamp(min=0), x.clamp(min=0))
+        parts = (x.clamp(max=0), x.clamp(min=0))
         sides = (None, None) if previous is None else previous.unbind(0)
         return torch.stack([rule.clip_value(p, self.axis, s, bits) for p, s in zip(parts, sides, strict=True)])
 

@@ -27,7 +27,7 @@ class RangeRule(Protocol):
 
         Args:
             x: The tensor to be quantized, any float dtype, canonical order. For an affine operand the rule is called
-                twice, with the magnitudes of the negative and of the positive part.
+                twice, with the negative and with the positive part.
             axis: 0 or -1 for one clip value per index of that axis, None for one per tensor.
             previous: What the last refresh returned, or None at the first.
             bits: Width of the operand; rules that put the scale on a grid need it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_int8.ranges import check_every, check_fraction
@@ -31,11 +32,10 @@ class Rule:
 
     def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
         """See ``RangeRule.clip_value``."""
-        magnitude = x.abs()
+        samples = x.flatten(1) if axis != -1 else x.reshape(x.shape[0], -1, x.shape[-1])
+        current = torch.maximum(-samples.amin(1), samples.amax(1)).float()
         if axis is None:
-            current = magnitude.flatten(1).amax(1).float().mean()
-        elif axis == 0:
-            current = magnitude.flatten(1).amax(1).float()
-        else:
-            current = magnitude.reshape(x.shape[0], -1, x.shape[-1]).amax(1).float().mean(0)
+            current = current.mean()
+        elif axis == -1:
+            current = current.mean(0)
         return current if previous is None else self.decay * previous + (1.0 - self.decay) * current
