@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_int8.backends import int_matmul, onednn
-from lightning_int8.backends.cpu import choice, choice_file, columns, direct_route, gemm
+from lightning_int8.backends.cpu import choice, choice_file, columns, depthwise_route, direct_route, gemm
 from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.gemm import Gemm
@@ -249,24 +249,26 @@ def results(route):
     """All that a route computes of some problems, pointwise and strided ones among them."""
     torch.manual_seed(0)
     backend = onednn.OneDNN(int_matmul.exact_matmul(), only=route)
-    found = []
-    for geometry in (geometry_of(33), geometry_of(33, kernel=1), geometry_of(33, 1, 2), geometry_of(34, 3, 2)):
-        x = Plane(torch.randint(-127, 128, (5, *geometry.input_size, 24), dtype=torch.int8), torch.tensor(0.3))
-        w = Plane(torch.randint(-127, 128, (40, *geometry.kernel_size, 24), dtype=torch.int8), torch.rand(40))
-        g = Plane(torch.randint(-127, 128, (5, *geometry.output_size, 40), dtype=torch.int8), torch.tensor(0.3))
+    c, per_group, co = (40, 1, 40) if route == "depthwise" else (24, 24, 40)
+    groups, found = c // per_group, []
+    for size, *windows in ((33, 3, 1), (33, 1, 1), (33, 1, 2), (34, 3, 2)):
+        geometry = geometry_of(size, *windows, groups)
+        x = Plane(torch.randint(-127, 128, (5, *geometry.input_size, c), dtype=torch.int8), torch.tensor(0.3))
+        w = Plane(torch.randint(-127, 128, (co, *geometry.kernel_size, per_group), dtype=torch.int8), torch.rand(co))
+        g = Plane(torch.randint(-127, 128, (5, *geometry.output_size, co), dtype=torch.int8), torch.tensor(0.3))
         run = backend._convolutions.run
         found += [run("output", x, w, geometry, Scales(x.scale, w.scale)), run("output", x, w, geometry)]
         found += [run("grad_input", g, w, geometry, Scales(g.scale, x.scale)), run("grad_weight", g, x, geometry)]
     return found
 
 
-@pytest.mark.parametrize("route", ["im2col", "direct"])
+@pytest.mark.parametrize("route", ["im2col", "direct", "depthwise"])
 def test_results_are_no_views(route):
     """A module that changes its input in place would be refused by autograd."""
     assert not any(r._is_view() for r in results(route) if r.dtype == torch.float32)
 
 
-@pytest.mark.parametrize("route", ["im2col", "direct"])
+@pytest.mark.parametrize("route", ["im2col", "direct", "depthwise"])
 def test_threads_share_the_work_and_change_nothing(route):
     expected = results(route)
     torch.set_num_threads(3)
@@ -276,13 +278,28 @@ def test_threads_share_the_work_and_change_nothing(route):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("route", ["im2col", "direct"])
+@pytest.mark.parametrize("route", ["im2col", "direct", "depthwise"])
 def test_without_numba_the_results_are_the_same(route, monkeypatch):
     expected = results(route)
-    for module, name in ((columns, "GATHER"), (gemm, "SCALE"), (direct_route, "SCALE")):
+    passes = ((columns, "GATHER"), (gemm, "SCALE"), (direct_route, "SCALE"), (depthwise_route, "DEPTHWISE"))
+    for module, name in passes:
         assert getattr(module, name) is not None
         monkeypatch.setattr(module, name, None)
     assert all(torch.equal(a, b) for a, b in zip(results(route), expected, strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_a_depthwise_gradient_over_many_rows_does_not_overflow(rows):
+    depthwise = depthwise_route.DEPTHWISE
+    g = torch.full((rows, 8), -128, dtype=torch.int8)
+    data, starts = torch.full((64,), -128, dtype=torch.int8), torch.zeros(rows, dtype=torch.int64)
+    taps = torch.tensor([0, 1])
+    sums = depthwise.grad_weight(data.numpy(), starts.numpy(), taps.numpy(), g.numpy(), 4, 4)
+    assert (torch.from_numpy(sums) == 2 * rows * 128 * 128).all()
+    many = 40_000  # times four blocks of a row: 160,000 products, beyond what int32 holds
+    g, starts = torch.full((many, 16), -128, dtype=torch.int8), torch.zeros(many, dtype=torch.int64)
+    sums = depthwise.grad_weight(data.numpy(), starts.numpy(), taps.numpy(), g.numpy(), 4, gemm.RAW_LIMIT)
+    assert (torch.from_numpy(sums) == 4 * many * 128 * 128).all()
 
 
 @pytest.mark.parametrize("run", [1, 2, 3, 5, 8, 9, 16, 31, 33, 64, 65, 130])

@@ -11,6 +11,7 @@ from lightning_int8.backends import int_matmul
 from lightning_int8.backends.base import Backend
 from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
+from lightning_int8.backends.cpu.depthwise_route import Depthwise
 from lightning_int8.backends.cpu.direct_route import Direct
 from lightning_int8.backends.cpu.gemm import Gemm
 from lightning_int8.backends.cpu.im2col_route import Im2col
@@ -44,7 +45,7 @@ class OneDNN(Backend):
         self.exact = matmul is not None
         self._gemm = Gemm(matmul or int_matmul.full_range)
         im2col = Im2col(self._gemm)
-        routes: list[Route] = [im2col, Direct()]
+        routes: list[Route] = [Depthwise(), im2col, Direct()]
         if only is None:
             self._convolutions = Choice(routes, im2col, ChoiceFile())
         else:

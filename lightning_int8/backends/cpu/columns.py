@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends import im2col
-from lightning_int8.backends.cpu.correlation import Correlation
+from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.numerics import Plane
 
@@ -78,14 +78,6 @@ def _tables(correlation: Correlation, shape: tuple[int, ...], first: int, stop: 
         # Taps along the last axis lie side by side: one run.
         run *= taps[-1]
         taps[-1] = 1
-    origins = _grid(correlation.size, [s * n for s, n in zip(strides, correlation.step, strict=True)])
-    offsets = _grid(taps, [s * n for s, n in zip(strides, correlation.tap_step, strict=True)]) + first
+    origins = grid_offsets(correlation.size, [s * n for s, n in zip(strides, correlation.step, strict=True)])
+    offsets = grid_offsets(taps, [s * n for s, n in zip(strides, correlation.tap_step, strict=True)]) + first
     return origins.numpy(), offsets.numpy(), run
-
-
-def _grid(sizes: Any, strides: list[int]) -> Tensor:
-    """Σ index · stride over a grid, in row-major order, int64."""
-    total = torch.zeros((), dtype=torch.int64)
-    for size, stride in zip(sizes, strides, strict=True):
-        total = total.unsqueeze(-1) + torch.arange(size) * stride
-    return total.flatten()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -129,3 +129,11 @@ def assemble_grad_input(
         positions = (slice(None), *(slice(d.first, None, d.stride) for d in residue.dims))
         result[positions] = sums
     return result
+
+
+def grid_offsets(sizes: Sequence[int], strides: Sequence[int]) -> Tensor:
+    """Σ index · stride at each point of a grid, in row-major order, int64; one 0 for a grid without axes."""
+    total = torch.zeros((), dtype=torch.int64)
+    for size, stride in zip(sizes, strides, strict=True):
+        total = total.unsqueeze(-1) + torch.arange(size) * stride
+    return total.flatten()

@@ -49,11 +49,12 @@ def signed_to_unsigned(data: Tensor) -> Tensor:
 @compiled
 def _scale_blocks(sums, left, right, block, out):
     for start in range(0, sums.size, block):
-        _scale(sums[start : start + block], left, right, out[start : start + block])
+        scale_block(sums[start : start + block], left, right, out[start : start + block])
 
 
 @compiled
-def _scale(sums, left, right, out):
+def scale_block(sums, left, right, out):
+    """``out = fl(fl(fl(sums) · left) · right)``; ``right`` is a scalar or as long as ``sums``."""
     wide_vectors()
     for i in range(sums.size):
         out[i] = np.float32(np.float32(np.float32(sums[i]) * left) * at(right, i))
