@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_int8.optim import FixedPointSGD
 from lightning_int8.vision.models import MODELS
 
-FIXED_POINT_LR = 0.1
+FIXED_POINT_LR = 0.9
 """Learning rate of FixedPointSGD, whose gradients have no magnitude: that of plain SGD does not carry over."""
 
 FIXED_POINT_WEIGHT_DECAY = 1e-4
