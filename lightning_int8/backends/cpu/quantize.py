@@ -31,6 +31,7 @@ from lightning_int8.numerics import (
 from lightning_int8.spec import OperandSpec
 
 _BLOCK = 1024  # elements
+_SHORT_ROW = 64  # elements
 _SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
 
 _U1, _U15, _U16 = np.uint32(1), np.uint32(15), np.uint32(16)
@@ -73,19 +74,24 @@ def _quantize(
     out = planes.view(len(planes), -1).numpy()
     largest = np.float32(largest_integer(spec.bits))
     rest = (largest, spec.rounding == "stochastic", spec.bits == FLAG_BITS, keys)
+    by_rows = axis == 0 and flat.numel() >= _SHORT_ROW * len(source)
     if axis is None:
         unit, block = 1, _BLOCK
         own = tuple(np.float32(v.item()) for v in maps)
-    elif axis == 0:
+    elif by_rows:
         unit, block = flat.numel() // len(source), _BLOCK
         own = tuple(v.expand(len(source)).contiguous().numpy() for v in maps)
+    elif axis == 0:
+        # A call per row would cost more than the row: one call, with the maps written out for every element.
+        unit = block = flat.numel()
+        own = tuple(v.expand(len(source)).repeat_interleave(unit // len(source)).numpy() for v in maps)
     else:
         unit = source.shape[-1]
         repeats = -(-_BLOCK // unit)
         own, block = tuple(v.expand(unit).repeat(repeats).numpy() for v in maps), repeats * unit
 
     def work(start: int, stop: int) -> int:
-        if axis == 0:
+        if by_rows:
             return _rows(values, start, stop, unit, *own, *rest, block, out)
         return _segment(values, start * unit, stop * unit, *own, *rest, block, out)
 
