@@ -30,7 +30,7 @@ EXTREMES = st.sampled_from([0, 0, 1, -1])
 examples = settings(deadline=None, max_examples=60)
 
 
-ROUTES = ("im2col", "direct", "depthwise")
+ROUTES = ("im2col", "direct", "subpixel", "depthwise")
 
 
 @st.composite

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_int8 import ContractionSpec, OperandSpec, Recipe, convert, gemm_counts
 from lightning_int8.backends import group_blocks, int_matmul, load, onednn
 from lightning_int8.backends.base import Backend
-from lightning_int8.backends.cpu import columns, direct_route
+from lightning_int8.backends.cpu import columns, direct_route, subpixel_route
 from lightning_int8.layers import Int8Conv2d, Int8Linear
 from lightning_int8.report import execution_table
 from lightning_int8.rewrite import layer_states
@@ -119,12 +119,12 @@ def small_network():
     )
 
 
-ROUTES = ("im2col", "direct", "depthwise")
+ROUTES = ("im2col", "direct", "subpixel", "depthwise")
 
 
 def take_route(name, monkeypatch):
     """Let convolutions take one route wherever it can, instead of the fastest."""
-    if name == "direct" and not direct_route.is_exact():
+    if name in ("direct", "subpixel") and not direct_route.is_exact():
         pytest.skip("without VNNI the direct convolution is not exact, hence not used")
     backend = load("onednn")
     monkeypatch.setattr(backend, "_convolutions", onednn.OneDNN(backend._gemm.matmul, only=name)._convolutions)
@@ -260,6 +260,15 @@ def test_the_direct_convolution_is_an_int8_product_that_is_counted(monkeypatch):
     check_products(model, calls)
     direct = [c for c in calls if c.name == "onednn::qconv_pointwise"]
     assert len(direct) == 6  # two outputs and one grad_input, of two plane pairs each
+
+
+def test_a_strided_gradient_is_one_direct_convolution(monkeypatch):
+    take_route("subpixel", monkeypatch)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Flatten())
+    convert(model)
+    calls = calls_of_step(model, torch.randn(2, 3, 9, 9))
+    check_products(model, calls)
+    assert [c.shapes[1] for c in calls if c.name == "onednn::qconv_pointwise"] == [(4 * 8, 8, 2, 2)]
 
 
 def test_the_depthwise_passes_are_int8_products_that_are_counted():
@@ -432,11 +441,15 @@ def test_convolutions_do_the_work_that_their_geometry_requires(name, route, monk
     calls = calls_by_contraction(layer, x, monkeypatch)
     # Neighbouring narrow groups share one product, whose entries between groups are wasted on purpose.
     width = max(source.in_channels, source.out_channels) // source.groups
-    merged = min(source.groups, ceil(group_blocks.BLOCK_CHANNELS / width))
+    merged = dict.fromkeys(CONTRACTIONS, min(source.groups, ceil(group_blocks.BLOCK_CHANNELS / width)))
+    if route == "subpixel":
+        # The classes of a strided grad_input share one window and one size, some of it filled with zeros on purpose.
+        filled = (ceil(n / s) * s / n for n, s in zip(shape[2:], source.stride, strict=True))
+        merged["grad_input"] *= subpixel_route.MOST_WASTE * prod(filled)
     for contraction in CONTRACTIONS:
         assert all(c.is_int8 for c in calls[contraction])
         macs = sum(c.macs for c in calls[contraction])
-        assert required[contraction] <= macs <= required[contraction] * merged, contraction
+        assert required[contraction] <= macs <= required[contraction] * merged[contraction], contraction
     assert gemm_counts(layer)["0"] == {"output": 1, "grad_input": 1, "grad_weight": 1}
 
 

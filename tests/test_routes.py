@@ -121,7 +121,7 @@ def test_an_inexact_route_is_found_out_and_not_used(trusted, file):
 def test_the_backend_takes_the_direct_convolution_only_where_it_is_exact():
     routes = onednn.OneDNN(int_matmul.exact_matmul())._convolutions
     case = problem()
-    route = next(r for r in routes._routes if r.name == "direct")
+    route = next(r for r in routes.routes if r.name == "direct")
     assert route.supports(*case[:4], True) == direct_route.is_exact()
     assert routes.pick(*case).name in ("im2col", "direct")
     wide = ConvGeometry(**{**vars(case[3]), "dilation": (2, 2)})
@@ -262,13 +262,13 @@ def results(route):
     return found
 
 
-@pytest.mark.parametrize("route", ["im2col", "direct", "depthwise"])
+@pytest.mark.parametrize("route", ["im2col", "direct", "subpixel", "depthwise"])
 def test_results_are_no_views(route):
     """A module that changes its input in place would be refused by autograd."""
     assert not any(r._is_view() for r in results(route) if r.dtype == torch.float32)
 
 
-@pytest.mark.parametrize("route", ["im2col", "direct", "depthwise"])
+@pytest.mark.parametrize("route", ["im2col", "direct", "subpixel", "depthwise"])
 def test_threads_share_the_work_and_change_nothing(route):
     expected = results(route)
     torch.set_num_threads(3)
@@ -278,7 +278,7 @@ def test_threads_share_the_work_and_change_nothing(route):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("route", ["im2col", "direct", "depthwise"])
+@pytest.mark.parametrize("route", ["im2col", "direct", "subpixel", "depthwise"])
 def test_without_numba_the_results_are_the_same(route, monkeypatch):
     expected = results(route)
     passes = ((columns, "GATHER"), (gemm, "SCALE"), (direct_route, "SCALE"), (depthwise_route, "DEPTHWISE"))

@@ -17,6 +17,7 @@ from lightning_int8.backends.cpu.gemm import Gemm
 from lightning_int8.backends.cpu.im2col_route import Im2col
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Route, Scales
+from lightning_int8.backends.cpu.subpixel_route import Subpixel
 from lightning_int8.backends.int_matmul import MatMul
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.measures import QuantizationError
@@ -44,12 +45,17 @@ class OneDNN(Backend):
     def __init__(self, matmul: MatMul | None, only: str | None = None) -> None:
         self.exact = matmul is not None
         self._gemm = Gemm(matmul or int_matmul.full_range)
-        im2col = Im2col(self._gemm)
-        routes: list[Route] = [Depthwise(), im2col, Direct()]
+        im2col, direct = Im2col(self._gemm), Direct()
+        routes: list[Route] = [Depthwise(), im2col, direct, Subpixel(direct)]
         if only is None:
             self._convolutions = Choice(routes, im2col, ChoiceFile())
         else:
             self._convolutions = Choice([*(r for r in routes if r.name == only), im2col], im2col, None)
+
+    @property
+    def convolution_routes(self) -> list[Route]:
+        """The routes that convolutions choose from."""
+        return self._convolutions.routes
 
     def route(self, convolution: bool) -> str:
         """See ``Backend.route``."""
@@ -57,7 +63,7 @@ class OneDNN(Backend):
         product = "INT8 product in two halves (no VNNI)" if halves else "INT8 product"
         if not convolution:
             return f"onednn: {product}"
-        return f"onednn: {product}, fastest of {', '.join(self._convolutions.names)}"
+        return f"onednn: {product}, fastest of {', '.join(r.name for r in self.convolution_routes)}"
 
     def quantize(self, x: Tensor, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
         """See ``Backend.quantize``."""

@@ -32,22 +32,20 @@ class Choice:
     """Picks a route for every problem.
 
     Args:
-        routes: In the order of preference where nothing is timed.
+        routes: To choose from, in the order of preference where nothing is timed.
         trusted: The route that supports every problem, and by which each other one is checked at its first use.
         file: Remembers choices between processes; None takes the first route that can and times nothing.
+
+    Attributes:
+        routes: See above.
     """
 
     def __init__(self, routes: Sequence[Route], trusted: Route, file: ChoiceFile | None) -> None:
-        self._routes = list(routes)
+        self.routes = list(routes)
         self._trusted = trusted
         self._file = file
         self._picked: dict[str, Route] = {}
         self._timed: dict[str, list[Route]] = {}
-
-    @property
-    def names(self) -> list[str]:
-        """The routes to choose from."""
-        return [r.name for r in self._routes]
 
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
         """The contraction by the fastest route, see ``Route.run``."""
@@ -55,7 +53,7 @@ class Choice:
 
     def pick(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> Route:
         """The route for a problem; at its first use the candidates are checked and timed."""
-        able = (r for r in self._routes if r.supports(contraction, a, b, geometry, scales is not None))
+        able = (r for r in self.routes if r.supports(contraction, a, b, geometry, scales is not None))
         if self._file is None or _products(contraction, a, b, geometry) < SMALLEST_TIMED:
             return next(able)
         layer = _layer(contraction, a, b, geometry, scales is not None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
+from math import prod
 
 import torch
 from torch import Tensor
@@ -42,15 +43,21 @@ class Direct(Route):
 
     def supports(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> bool:
         """See ``Route.supports``."""
-        if contraction == "grad_weight" or b.zero_point is not None:
+        if contraction == "grad_weight":
             return False
         depthwise = geometry.groups == b.data.shape[0] and b.data.shape[-1] == 1
         if geometry.groups > 1 and not depthwise:
             return False
         per_group = b.data.shape[-1] if contraction == "output" else b.data.shape[0] // geometry.groups
-        largest = INT8_MAX + LOWER_PLANE_MAX if a.zero_point is not None else LOWER_PLANE_MAX
-        fits = scaled or geometry.taps * per_group * largest * LOWER_PLANE_MAX <= FLOAT32_EXACT
-        return fits and all(map(_is_sound, correlations(contraction, geometry))) and is_exact()
+        parts = correlations(contraction, geometry)
+        return all(self.supports_one(a, b, part, per_group, scaled) for part in parts)
+
+    @staticmethod
+    def supports_one(data: Plane, weight: Plane, correlation: Correlation, per_group: int, scaled: bool) -> bool:
+        """Whether one correlation, of ``per_group`` channels for each result, is computed exactly."""
+        largest = INT8_MAX + LOWER_PLANE_MAX if data.zero_point is not None else LOWER_PLANE_MAX
+        fits = scaled or prod(correlation.taps) * per_group * largest * LOWER_PLANE_MAX <= FLOAT32_EXACT
+        return fits and weight.zero_point is None and _is_sound(correlation) and is_exact()
 
     def correlate(self, data: Plane, weight: Plane, correlation: Correlation, scales: Scales | None) -> Tensor:
         """See ``Route.correlate``."""
