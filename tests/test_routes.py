@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import time
+from itertools import product
 
 import pytest
 import torch
 
-from lightning_int8.backends import int_matmul, onednn
+from lightning_int8.backends import im2col, int_matmul, onednn
 from lightning_int8.backends.cpu import choice, choice_file, columns, depthwise_route, direct_route, gemm
 from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
@@ -281,11 +282,23 @@ def test_threads_share_the_work_and_change_nothing(route):
 @pytest.mark.parametrize("route", ["im2col", "direct", "subpixel", "depthwise"])
 def test_without_numba_the_results_are_the_same(route, monkeypatch):
     expected = results(route)
-    passes = ((columns, "GATHER"), (gemm, "SCALE"), (direct_route, "SCALE"), (depthwise_route, "DEPTHWISE"))
+    passes = [(columns, "GATHER"), (columns, "BORDER"), (gemm, "SCALE"), (direct_route, "BORDER")]
+    passes.append((depthwise_route, "DEPTHWISE"))
     for module, name in passes:
         assert getattr(module, name) is not None
         monkeypatch.setattr(module, name, None)
     assert all(torch.equal(a, b) for a, b in zip(results(route), expected, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3), (2, 5, 6, 3), (2, 3, 4, 5, 2)])
+@pytest.mark.parametrize("unsigned", [False, True])
+def test_the_compiled_padding_is_the_plain_one(shape, unsigned):
+    data = torch.randint(-128, 128, shape, dtype=torch.int8)
+    one_axis = [(0, 0), (1, 2), (-1, 0), (0, -2), (-1, 3), (2, -1), (-2, -1)]
+    for padding, fill in product(product(one_axis, repeat=len(shape) - 2), (0, -7)):
+        expected = im2col.pad(data, padding, torch.tensor(fill, dtype=torch.int32), slack=64)
+        found = columns.BORDER.pad(data, padding, fill, unsigned, slack=64)
+        assert torch.equal(found.int() - 128 * unsigned, expected.int())
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7])

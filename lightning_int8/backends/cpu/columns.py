@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -23,6 +23,18 @@ GATHER = compiled_pass("gather")
 """The compiled copies, or None where numba cannot be imported."""
 
 
+BORDER = compiled_pass("border")
+"""The compiled padding, or None likewise."""
+
+
+def padded(data: Plane, padding: Sequence[tuple[int, int]], slack: int = 0) -> Tensor:
+    """Data extended with their zero point, see ``im2col.pad``; a copy wherever there is slack."""
+    zero = data.zero_point
+    if BORDER is None or (zero is not None and zero.dim() > 0) or (slack == 0 and not any(map(any, padding))):
+        return im2col.pad(data.data, padding, zero, slack)
+    return BORDER.pad(data.data, padding, 0 if zero is None else int(zero), False, slack)
+
+
 class Columns:
     """Windows of ``(N, *spatial, C)``: rows ``(sample and position)``, columns ``(tap, channel)``.
 
@@ -36,8 +48,7 @@ class Columns:
         self._samples, self._channels = data.data.shape[0], data.data.shape[-1]
         self._plain = data.data if correlation.is_pointwise else None
         if self._plain is None:
-            slack = 0 if GATHER is None else GATHER.WIDEST_COPY
-            self._padded = im2col.pad(data.data, correlation.padding, data.zero_point, slack)
+            self._padded = padded(data, correlation.padding, 0 if GATHER is None else GATHER.WIDEST_COPY)
             self._buffer = torch.empty(0, dtype=torch.int8)
 
     def chunks(self, channels: int) -> Iterator[slice]:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_int8.backends import im2col
+from lightning_int8.backends.cpu.columns import padded
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets, output_correlation
 from lightning_int8.backends.cpu.gemm import RAW_LIMIT
 from lightning_int8.backends.cpu.passes import compiled_pass
@@ -136,12 +136,12 @@ def _rows(data: Tensor, correlation: Correlation) -> tuple[np.ndarray, np.ndarra
     *outer, (before, after) = correlation.padding
     step = correlation.step[-1]
     width = data.shape[-2] + before + after
-    padded = im2col.pad(data, (*outer, (before, after + -width % step)), None)
+    rows = padded(Plane(data, torch.ones(())), (*outer, (before, after + -width % step)))
     if step > 1:
-        padded = padded.unflatten(-2, (-1, step)).transpose(-2, -3).contiguous().flatten(-3, -2)
-    starts, offsets = _tables(correlation, tuple(padded.shape[1:]))
-    samples = torch.arange(len(padded)) * padded.stride(0)
-    return padded.view(-1).numpy(), (samples[:, None] + starts).flatten().numpy(), offsets.numpy()
+        rows = rows.unflatten(-2, (-1, step)).transpose(-2, -3).contiguous().flatten(-3, -2)
+    starts, offsets = _tables(correlation, tuple(rows.shape[1:]))
+    samples = torch.arange(len(rows)) * rows.stride(0)
+    return rows.view(-1).numpy(), (samples[:, None] + starts).flatten().numpy(), offsets.numpy()
 
 
 @lru_cache(maxsize=256)

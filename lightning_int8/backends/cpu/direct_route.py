@@ -7,6 +7,7 @@ self-check finds out and the route is not used.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import product
 from math import prod
@@ -32,7 +33,7 @@ _CHECKED_CHANNELS = (1, 16, 33)
 _CHECKED_ZEROS = (None, -INT8_MAX, 0, INT8_MAX)
 
 
-SCALE = compiled_pass("scale")
+BORDER = compiled_pass("border")
 """The compiled pass that makes data unsigned, or None where numba cannot be imported."""
 
 
@@ -112,15 +113,16 @@ def _agrees(channels: int, out_channels: int, zero: int | None, extreme: int) ->
 
 def _convolution(data: Plane, weight: Plane, correlation: Correlation, scales: Scales) -> Tensor:
     """Scaled float32 ``(N, *size, Co)``."""
-    values, before = data.data, [lo for lo, _ in correlation.padding]
-    axes = zip(values.shape[1:-1], correlation.taps, correlation.padding, strict=True)
-    if not all(n >= k > lo == hi >= 0 for n, k, (lo, hi) in axes):
+    axes = zip(data.data.shape[1:-1], correlation.taps, correlation.padding, strict=True)
+    if all(n >= k > lo == hi >= 0 for n, k, (lo, hi) in axes):
+        own, ours = [lo for lo, _ in correlation.padding], [(0, 0)] * len(correlation.padding)
+    else:
         # oneDNN pads alike on both sides; and windows that lie in its padding alone make it read out of bounds.
-        values, before = im2col.pad(values, correlation.padding, data.zero_point), [0] * len(before)
+        own, ours = [0] * len(correlation.padding), list(correlation.padding)
+    unsigned = _unsigned(data, ours).movedim(-1, 1)
     zero = UNSIGNED_ZERO + (0 if data.zero_point is None else int(data.zero_point))
-    unsigned = _unsigned(values).movedim(-1, 1)
     left, right = scales.left.item(), scales.right.expand(weight.data.shape[0]).contiguous()
-    windows = (list(correlation.step), before, list(correlation.tap_step), correlation.groups)
+    windows = (list(correlation.step), own, list(correlation.tap_step), correlation.groups)
     packed = torch.ops.onednn.qconv_prepack(
         weight.data.movedim(-1, 1).clone(memory_format=torch.contiguous_format),
         right,
@@ -136,7 +138,9 @@ def _convolution(data: Plane, weight: Plane, correlation: Correlation, scales: S
     return result.movedim(1, -1).contiguous().data
 
 
-def _unsigned(data: Tensor) -> Tensor:
-    if SCALE is not None and data.is_contiguous():
-        return SCALE.signed_to_unsigned(data)
-    return data.view(torch.uint8) ^ UNSIGNED_ZERO
+def _unsigned(data: Plane, padding: Sequence[tuple[int, int]]) -> Tensor:
+    """``data + 128``, uint8, padded with its zero point."""
+    fill = 0 if data.zero_point is None else int(data.zero_point)
+    if BORDER is not None:
+        return BORDER.pad(data.data, padding, fill, unsigned=True)
+    return im2col.pad(data.data, padding, data.zero_point).view(torch.uint8) ^ UNSIGNED_ZERO

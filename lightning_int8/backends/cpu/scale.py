@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from lightning_int8.backends.cpu.compiler import at, compiled, wide_vectors
@@ -38,14 +37,6 @@ def scale_into(out: Tensor, sums: Tensor, left: Tensor, right: Tensor) -> None:
     split(work, rows, -(-_SMALLEST_PIECE // channels))
 
 
-def signed_to_unsigned(data: Tensor) -> Tensor:
-    """``data + 128`` as uint8, for int8 ``data``, contiguous."""
-    out = torch.empty_like(data, dtype=torch.uint8)
-    bytes_in, bytes_out = data.view(torch.uint8).view(-1).numpy(), out.view(-1).numpy()
-    split(lambda start, stop: _flip_sign_bit(bytes_in[start:stop], bytes_out[start:stop]), len(bytes_in), 1 << 18)
-    return out
-
-
 @compiled
 def _scale_blocks(sums, left, right, block, out):
     for start in range(0, sums.size, block):
@@ -58,10 +49,3 @@ def scale_block(sums, left, right, out):
     wide_vectors()
     for i in range(sums.size):
         out[i] = np.float32(np.float32(np.float32(sums[i]) * left) * at(right, i))
-
-
-@compiled
-def _flip_sign_bit(source, out):
-    wide_vectors()
-    for i in range(source.size):
-        out[i] = source[i] ^ np.uint8(128)
