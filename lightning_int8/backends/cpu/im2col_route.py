@@ -53,7 +53,8 @@ class Im2col(Route):
         parts = [
             self._block_grad_weight(g, x, columns, b, geometry) for b in blocks(geometry.groups, channels, out_channels)
         ]
-        return torch.cat(parts).reshape(out_channels, *geometry.kernel_size, -1)
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole.reshape(out_channels, *geometry.kernel_size, -1)
 
     def _block_grad_weight(self, g: Plane, x: Plane, columns: Columns, block: Block, geometry: ConvGeometry) -> Tensor:
         zero_g = None if g.zero_point is None else block.out(g.zero_point)
