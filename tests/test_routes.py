@@ -327,3 +327,16 @@ def test_gathered_rows_are_whole_and_nothing_is_written_behind_them(run, runs):
     starts = [n * 2000 + p + o for n in range(2) for p in origins.tolist() for o in offsets.tolist()]
     assert torch.equal(out[:count], torch.cat([source[s : s + run] for s in starts]))
     assert (out[count:] == 99).all()
+
+
+def test_a_gradient_that_no_tap_reaches_is_zero_by_every_route():
+    """A 1x1 window at stride 3 that begins in the padding never comes to an input of two rows."""
+    geometry = ConvGeometry(
+        input_size=(2, 2), kernel_size=(1, 1), stride=(3, 1), padding=((1, 1), (0, 0)), dilation=(1, 1), groups=1
+    )
+    g = Plane(torch.ones(1, *geometry.output_size, 1, dtype=torch.int8), torch.tensor(1.0))
+    w = Plane(torch.ones(1, 1, 1, 1, dtype=torch.int8), torch.tensor(1.0))
+    for route in ("im2col", "direct", "subpixel", "depthwise"):
+        found = onednn.OneDNN(int_matmul.exact_matmul(), only=route).accumulate("grad_input", g, w, geometry)
+        assert not found.any()
+        assert found.shape == (1, 2, 2, 1)

@@ -37,6 +37,8 @@ class Subpixel(Route):
             return False
         if all(s == 1 for s in geometry.stride):
             return False
+        if not any(all(d.taps for d in residue.dims) for residue in geometry.residues()):
+            return False  # no tap reaches an input position: there is no window to share
         merged = _merged(geometry)
         taken = prod(merged.taps) * len(geometry.residues())
         return taken <= MOST_WASTE * geometry.taps and self._direct.supports_one(a, b, merged, b.data.shape[0], scaled)
