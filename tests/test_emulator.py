@@ -238,15 +238,6 @@ def test_asynchronous_copies_arrive_when_they_are_waited_for():
 
 # --- sanitizers ----------------------------------------------------------------------------------------------------
 
-SANITIZED = """
-import numpy as np
-from emulator import Machine, Module
-x, out = np.arange(128, dtype=np.int32), np.zeros(128, dtype=np.int32)
-for name, source, entry, blocks, shared, options in {0!r}:
-    module = Module(source, options=options, machine=Machine(sanitizer={1!r}), name=name)
-    module.get_function(entry)((blocks,), (64,), (x.ctypes.data, out.ctypes.data), shared_mem=shared)
-"""
-
 BLOCKS_RACE = """
 extern "C" __global__ void race(const int* in, int* out) { if (threadIdx.x == 0) out[0] = in[0]; }
 """
@@ -255,20 +246,26 @@ OVERRUN = """
 extern "C" __global__ void overrun(const int* in, int* out) { out[threadIdx.x] = in[threadIdx.x + 65]; }
 """
 
-SANITIZER_CASES = {  # name, source, entry, blocks, shared bytes, options; and the report expected
-    ("thread", ""): ("right.cu", REVERSE, "reverse", 1, 256, ["-DBARRIER"]),
-    ("thread", "data race .*no_barrier.cu:[59]"): ("no_barrier.cu", REVERSE, "reverse", 1, 256, []),
-    ("thread", "data race .*blocks.cu:2"): ("blocks.cu", BLOCKS_RACE, "race", 2, 0, []),
-    ("address", ""): ("right.cu", REVERSE, "reverse", 2, 256, ["-DBARRIER"]),
-    ("address", "heap-buffer-overflow .*small.cu:9"): ("small.cu", REVERSE, "reverse", 1, 252, []),
-    ("address", "heap-buffer-overflow .*overrun.cu:2"): ("overrun.cu", OVERRUN, "overrun", 1, 0, []),
-}
+SANITIZER_CASES = [  # sanitizer, report expected, source, entry, blocks, shared bytes, options
+    ("thread", "", REVERSE, "reverse", 1, 256, ["-DBARRIER"]),
+    ("thread", "data race .*case.cu:[59]", REVERSE, "reverse", 1, 256, []),
+    ("thread", "data race .*case.cu:2", BLOCKS_RACE, "race", 2, 0, []),
+    ("address", "", REVERSE, "reverse", 2, 256, ["-DBARRIER"]),
+    ("address", "heap-buffer-overflow .*case.cu:9", REVERSE, "reverse", 1, 252, []),
+    ("address", "heap-buffer-overflow .*case.cu:2", OVERRUN, "overrun", 1, 0, []),
+]
+
+SANITIZED = """
+import numpy as np
+from emulator import Machine, Module, sanitizers
+x, out = np.arange(128, dtype=np.int32), np.zeros(128, dtype=np.int32)
+sanitizers.case("kernel")
+module = Module({1!r}, options={5!r}, machine=Machine(sanitizer={0!r}), name="case.cu")
+module.get_function({2!r})(({3},), (64,), (x.ctypes.data, out.ctypes.data), shared_mem={4})
+"""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("sanitizer", "report"), SANITIZER_CASES)
-def test_sanitizers_name_the_line(sanitizer, report):
-    done = sanitizers.run(sanitizer, SANITIZED.format([SANITIZER_CASES[sanitizer, report]], sanitizer))
-    found = "\n".join(line for line in done.stderr.splitlines() if line.startswith("SUMMARY"))
-    assert (done.returncode != 0) == bool(report), done.stderr[-2000:]
-    assert re.search(report, found) if report else not found, found
+@pytest.mark.parametrize(("sanitizer", "expected", "source", "entry", "blocks", "shared", "options"), SANITIZER_CASES)
+def test_sanitizers_name_the_line(sanitizer, expected, source, entry, blocks, shared, options):
+    found = sanitizers.reports(sanitizer, SANITIZED.format(sanitizer, source, entry, blocks, shared, options))
+    assert re.search(expected, found["kernel"]) if expected else not found["kernel"], found

@@ -16,8 +16,8 @@ HEADERS = Path(__file__).parent / "cuda"
 CACHE = Path(tempfile.gettempdir()) / f"lightning-int8-emulator-{os.getuid()}"
 SANITIZERS = {
     "": ["-O2"],
-    "thread": ["-O1", "-g", "-fsanitize=thread", "-DEMULATOR_THREAD_SANITIZER"],
-    "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-DEMULATOR_ADDRESS_SANITIZER"],
+    "thread": ["-O1", "-g1", "-fsanitize=thread", "-DEMULATOR_THREAD_SANITIZER"],
+    "address": ["-O1", "-g1", "-fsanitize=address", "-fsanitize-recover=address", "-DEMULATOR_ADDRESS_SANITIZER"],
 }
 """Flags for the kernel; of these the scheduler gets the definition alone."""
 

@@ -29,7 +29,7 @@ namespace emulator {
 
 constexpr size_t SHARED_ALIGNMENT = 1024;
 #if defined(EMULATOR_THREAD_SANITIZER) || defined(EMULATOR_ADDRESS_SANITIZER)
-constexpr size_t STACK_BYTES = 512 << 10;
+constexpr size_t STACK_BYTES = 256 << 10;
 #else
 constexpr size_t STACK_BYTES = 64 << 10;
 #endif
@@ -43,12 +43,23 @@ struct Fiber {
   size_t stack_bytes = 0;
 };
 
-// Stacks outlive blocks and launches: thousands of blocks would otherwise map and unmap them.
+// What is left of a fiber after its block; ThreadSanitizer needs it to the end of the grid, where the memory or the
+// handle of a fiber that has taken the place of another would pass for those of the same thread.
+struct Remains {
+  void* sanitizer;
+  void* stack;
+};
+
 inline char* stack_of(unsigned thread) {
+#if defined(EMULATOR_THREAD_SANITIZER)
+  (void)thread;
+  return static_cast<char*>(malloc(STACK_BYTES));
+#else  // stacks outlive blocks and launches: thousands of blocks would otherwise map and unmap them
   constexpr unsigned MOST_THREADS = 1024;
   static char* stacks[MOST_THREADS];
   if (!stacks[thread]) stacks[thread] = static_cast<char*>(malloc(STACK_BYTES));
   return stacks[thread];
+#endif
 }
 
 inline void start_fiber(Fiber& fiber, unsigned thread, void (*body)()) {
@@ -70,7 +81,10 @@ constexpr unsigned NO_ORDER_IMPLIED = 1;  // a switch says nothing about memory;
 inline void acquire(void* at) { __tsan_acquire(at); }
 inline void release(void* at) { __tsan_release(at); }
 inline void adopt_current(Fiber& fiber) { fiber.sanitizer = __tsan_get_current_fiber(); }
-inline void forget_fiber(void* sanitizer) { __tsan_destroy_fiber(sanitizer); }
+inline void forget(const Remains& remains) {
+  __tsan_destroy_fiber(remains.sanitizer);
+  free(remains.stack);
+}
 inline void enter_fiber(Fiber&) {}
 inline void switch_fiber(Fiber& from, Fiber& to) {
   __tsan_switch_to_fiber(to.sanitizer, NO_ORDER_IMPLIED);
@@ -83,7 +97,7 @@ inline void leave_fiber(Fiber& from, Fiber& to) { switch_fiber(from, to); }
 inline void acquire(void*) {}
 inline void release(void*) {}
 inline void adopt_current(Fiber&) {}
-inline void forget_fiber(void*) {}
+inline void forget(const Remains&) {}
 inline void enter_fiber(Fiber& scheduler) {  // learns the scheduler's own stack on the way
   __sanitizer_finish_switch_fiber(nullptr, &scheduler.stack, &scheduler.stack_bytes);
 }
@@ -102,7 +116,7 @@ inline void leave_fiber(Fiber& from, Fiber& to) {
 inline void acquire(void*) {}
 inline void release(void*) {}
 inline void adopt_current(Fiber& fiber) { fiber.started = true; }
-inline void forget_fiber(void*) {}
+inline void forget(const Remains&) {}
 inline void enter_fiber(Fiber&) {}
 inline void switch_fiber(Fiber& from, Fiber& to) {
   if (_setjmp(from.resume_here)) return;

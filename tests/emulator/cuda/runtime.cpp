@@ -50,7 +50,7 @@ struct Machine {
   std::string error;
   Fiber scheduler;
   std::vector<void*> shared;  // of every block of the launch
-  std::vector<void*> ended;   // fibers as the sanitizer knows them
+  std::vector<Remains> ended;
   char launch_order, end_order;
 };
 
@@ -65,6 +65,7 @@ void run_thread() {
   acquire(&machine.launch_order);
   machine.kernel(machine.arguments);
   release(&machine.end_order);
+  std::vector<AsyncCopy>().swap(self().copies);  // by the thread that filled it: ThreadSanitizer watches memory, too
   self().finished = true;
   leave_fiber(self().fiber, machine.scheduler);
 }
@@ -138,16 +139,16 @@ void run_block() {
   }
 }
 
-// Fibers live on until the end of the grid: a fiber that takes the place of another would pass for the same thread.
 void finish_block() {
-  for (const Worker& w : machine.workers) machine.ended.push_back(w.fiber.sanitizer);
+  for (const Worker& w : machine.workers)
+    machine.ended.push_back({w.fiber.sanitizer, w.fiber.context.uc_stack.ss_sp});
 }
 
 void finish_grid() {
   acquire(&machine.end_order);
   for (void* shared : machine.shared) free(shared);
   machine.shared.clear();
-  for (void* fiber : machine.ended) forget_fiber(fiber);
+  for (const Remains& remains : machine.ended) forget(remains);
   machine.ended.clear();
 }
 

@@ -1,0 +1,95 @@
+"""Cutting long sums into slices: so that every multiprocessor has work, and that int32 holds each sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_int8.kernels.device import Device, Launch, pointer
+from lightning_int8.numerics import LOWER_PLANE_MAX
+from lightning_int8.spec import INT32_MAX
+
+RAW_LIMIT = INT32_MAX // (LOWER_PLANE_MAX * LOWER_PLANE_MAX)
+"""Longest sum of products of plane elements that int32 holds for certain."""
+
+BLOCKS_PER_MULTIPROCESSOR = 2
+SHORTEST_SLICE = 512
+"""Shorter slices spend more on adding their sums up than on products."""
+
+FINISH_THREADS = 256
+
+
+@dataclass(frozen=True)
+class Split:
+    """Slices of the summed index; see ``split_sums.cuh``.
+
+    Attributes:
+        depth: Summed index of a slice.
+        slices: Number of slices.
+        slices_per_slab: Neighbouring slices that share an int32 slab.
+        slabs: int32 ``(slabs, rows, columns rounded up to 4)``, zeros; None where nothing is split.
+    """
+
+    depth: int
+    slices: int
+    slices_per_slab: int
+    slabs: Tensor | None
+
+    def fields(self) -> dict[str, Any]:
+        """Fields of ``parameters.SPLIT``."""
+        count, rows, columns = (0, 0, 0) if self.slabs is None else self.slabs.shape
+        return {
+            "slabs": pointer(self.slabs),
+            "depth": self.depth,
+            "slices_per_slab": self.slices_per_slab,
+            "count": count,
+            "columns": columns,
+            "slab_elements": rows * columns,
+        }
+
+
+def plan_split(
+    tiles: int, shape: Sequence[int], length: int, tile_depth: int, device: Device, torch_device: torch.device
+) -> Split:
+    """Decide on slices.
+
+    Args:
+        tiles: Blocks that the result has without slices.
+        shape: Rows (over all groups) and columns of the product.
+        length: Summed index.
+        tile_depth: Summed index of a tile; slices are multiples of it.
+        device: Runs the kernel.
+        torch_device: Where the slabs are allocated.
+    """
+    wanted = BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors // tiles
+    slices = max(1, min(wanted, length // SHORTEST_SLICE), -(-length // RAW_LIMIT))
+    depth = -(-length // slices)
+    depth = max(tile_depth, -(-depth // tile_depth) * tile_depth)
+    if depth > RAW_LIMIT:
+        depth = RAW_LIMIT // tile_depth * tile_depth
+    slices = max(1, -(-length // depth))
+    if slices == 1:
+        return Split(depth, 1, 1, None)
+    per_slab = RAW_LIMIT // depth
+    rows, columns = shape
+    slabs = torch.zeros(-(-slices // per_slab), rows, -(-columns // 4) * 4, dtype=torch.int32, device=torch_device)
+    return Split(depth, slices, per_slab, slabs)
+
+
+def finish(kernel: Launch, split: Split, parameters: np.ndarray) -> None:
+    """Add the slabs and write the result: the second pass of a split product.
+
+    Args:
+        kernel: ``*_finish``.
+        split: What the first pass was launched with.
+        parameters: Likewise.
+    """
+    assert split.slabs is not None
+    fours = math.prod(split.slabs.shape[1:]) // 4
+    kernel((-(-fours // FINISH_THREADS),), (FINISH_THREADS,), (parameters,))

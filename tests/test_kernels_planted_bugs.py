@@ -1,0 +1,113 @@
+"""One planted bug of each class, in the sources that ship: the tests of the kernels would see it."""
+
+import pytest
+import torch
+from emulator import Machine, sanitizers
+from emulator.device import EmulatedDevice
+from kernel_cases import SCHEDULES, SMALL, expected_sums, needs_compiler, random_plane
+
+from lightning_int8.kernels.gemm import gemm
+from lightning_int8.kernels.result import Result
+
+pytestmark = needs_compiler
+
+BARRIER = "      __syncthreads();  // everyone's part of this tile is there, and everyone is done with the one before\n"
+
+WRONG_RESULTS = {  # class of bug: family, contraction, file, text, replacement
+    "missing barrier (imma)": ("imma", "output", "imma.cuh", BARRIER, ""),
+    "missing barrier (dp4a)": (
+        "dp4a",
+        "output",
+        "dp4a.cuh",
+        "      __syncthreads();  // this tile is there, and everyone is done with the one before\n",
+        "",
+    ),
+    "slot reused early": (
+        "imma",
+        "output",
+        "imma.cuh",
+        "char* stage = shared + issued % STAGES * STAGE_BYTES",
+        "char* stage = shared + (issued < STAGES ? issued : issued + 1) % STAGES * STAGE_BYTES",
+    ),
+    "missing wait": ("imma", "output", "imma.cuh", "wait_for_copies<STAGES - 2>", "wait_for_copies<STAGES - 1>"),
+    "wrong fragment, left": ("imma", "grad_weight", "imma_tile.cuh", "pairs[1], 0x7531", "pairs[1], 0x7351"),
+    "wrong fragment, right": (
+        "imma",
+        "output",
+        "imma_tile.cuh",
+        "first[0] = f[0], first[1] = f[1], second[0]",
+        "first[0] = f[1], first[1] = f[0], second[0]",
+    ),
+    "wrong byte transpose": ("dp4a", "grad_weight", "dp4a.cuh", "k[1], 0x5140", "k[1], 0x1540"),
+    "last piece of k dropped": ("imma", "output", "sources.cuh", "k_left > 0", "k_left > 16"),
+}
+
+
+@pytest.mark.parametrize("bug", WRONG_RESULTS)
+def test_wrong_results_in_some_schedule(bug):
+    family, contraction, file, text, replacement = WRONG_RESULTS[bug]
+    arch, variant = SMALL[family]
+    a, b = random_plane((80, 400)), random_plane((72, 400))
+    if contraction == "grad_weight":
+        a, b = random_plane((400, 80)), random_plane((400, 72))
+    truth = expected_sums(contraction, a, b)
+    wrong = []
+    for schedule, copies in SCHEDULES:
+        device = EmulatedDevice(arch, Machine(schedule=schedule, copies=copies), edits={file: (text, replacement)})
+        wrong.append(not torch.equal(gemm(device, contraction, a, b, Result(dtype=torch.int64), variant), truth))
+    assert any(wrong)
+
+
+SANITIZER_CASES = {  # name: sanitizer, family, {file: (text, replacement)}, report
+    "imma races": ("thread", "imma", {}, ""),
+    "dp4a races": ("thread", "dp4a", {}, ""),
+    "missing barrier": ("thread", "imma", {"imma.cuh": (BARRIER, "")}, "data race"),
+    "slot reused early": (
+        "thread",
+        "imma",
+        {"imma.cuh": WRONG_RESULTS["slot reused early"][3:]},
+        "data race",
+    ),
+    "imma bounds": ("address", "imma", {}, ""),
+    "dp4a bounds": ("address", "dp4a", {}, ""),
+    "a row beyond the end": (
+        "address",
+        "imma",
+        {"sources.cuh": ("rows_left(rows - first_row", "rows_left(rows + 1 - first_row")},
+        "heap-buffer-overflow",
+    ),
+    "a result beyond the end": (
+        "address",
+        "imma",
+        {"gemm.cuh": ("if (m >= g.m || n >= g.n) return;", "if (n >= g.n) return;")},
+        "heap-buffer-overflow",
+    ),
+}
+
+SANITIZED = """
+from emulator import Machine, sanitizers
+from emulator.device import EmulatedDevice
+from kernel_cases import SMALL, random_plane
+from lightning_int8.kernels.gemm import gemm
+SHAPES = {{"output": ((61, 192), (70, 192)), "grad_weight": ((100, 62), (100, 70))}}
+for name, (sanitizer, family, edits, report) in {0!r}.items():
+    sanitizers.case(name)
+    arch, variant = SMALL[family]
+    for contraction in ["output"] if report else SHAPES:
+        a, b = map(random_plane, SHAPES[contraction])
+        for schedule, copies in ((2, "early"),) if report else ((1, "late"), (2, "early")):
+            device = EmulatedDevice(arch, Machine(schedule=schedule, copies=copies, sanitizer=sanitizer), 2, edits)
+            gemm(device, contraction, a, b, None, variant)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_sanitizers_report(sanitizer):
+    """One process for all: it takes longer to start than to run. The symbols of its later modules are not known."""
+    cases = {name: case for name, case in SANITIZER_CASES.items() if case[0] == sanitizer}
+    found = sanitizers.reports(sanitizer, SANITIZED.format(cases))
+    assert list(found) == list(cases)
+    for name, summary in found.items():
+        expected = cases[name][-1]
+        assert expected in summary if expected else not summary, (name, summary)
