@@ -89,7 +89,7 @@ from emulator import Machine, sanitizers
 from emulator.device import EmulatedDevice
 from kernel_cases import SMALL, random_plane
 from lightning_int8.kernels.gemm import gemm
-SHAPES = {{"output": ((61, 192), (70, 192)), "grad_weight": ((100, 62), (100, 70))}}
+SHAPES = {{"output": ((61, 448), (70, 448)), "grad_weight": ((100, 62), (100, 70))}}
 for name, (sanitizer, family, edits, report) in {0!r}.items():
     sanitizers.case(name)
     arch, variant = SMALL[family]

@@ -95,7 +95,10 @@ void prepare_block(const dim3& index) {
   const unsigned threads = size[0] * size[1] * size[2];
   block.index = index;
   machine.block_barrier = Barrier();
-  machine.warps.assign((threads + WARP_LANES - 1) / WARP_LANES, Warp());
+  for (Warp& warp : machine.warps) {
+    warp.barrier = Barrier();
+    warp.threads = 0;
+  }
   for (unsigned i = 0; i < threads; i++) {
     Worker& w = machine.workers[i] = Worker();
     w.linear = i;
@@ -167,7 +170,7 @@ void barrier_warp() {
 Posted* exchange(const uint64_t* words, int count) {
   Worker& me = self();
   Posted* slots = machine.warps[me.warp].posted[me.exchange_turn ^= 1];
-  std::copy(words, words + count, slots[me.lane]);
+  for (int i = 0; i < count; i++) slots[me.lane][i] = words[i];
   barrier_warp();
   return slots;
 }
@@ -215,7 +218,9 @@ int run_grid(const LaunchConfig& config, Kernel kernel, void** arguments, char* 
   block.size = {config.block[0], config.block[1], config.block[2]};
   block.grid = {config.grid[0], config.grid[1], config.grid[2]};
   block.shared_bytes = config.shared_bytes;
-  machine.workers.resize(config.block[0] * config.block[1] * config.block[2]);
+  const unsigned threads = config.block[0] * config.block[1] * config.block[2];
+  machine.workers.resize(threads);
+  machine.warps.resize((threads + WARP_LANES - 1) / WARP_LANES);
   for (unsigned z = 0; z < config.grid[2]; z++)
     for (unsigned y = 0; y < config.grid[1]; y++)
       for (unsigned x = 0; x < config.grid[0] && machine.error.empty(); x++) {
