@@ -43,7 +43,7 @@ def gemm(
     variant = variant or choose(variants(device.arch), m, n, 1, device.multiprocessors)
     left, right = padded(a.data), padded(b.data)
     tiles = variant.tiles(m, n)
-    split = plan_split(tiles, (m, n), k, variant.depth, device, out.device)
+    split = plan_split(device, out.device, tiles, (m, n), k, variant.depth)
     left_sums = None if b.zero_point is None else left.sum(1 if layout[0] == "n" else 0, dtype=torch.int64)
     right_sums = None if a.zero_point is None else right.sum(1 if layout[1] == "t" else 0, dtype=torch.int64)
     fields = {

@@ -12,7 +12,7 @@ _POINTER, _INT, _LONG, _UNSIGNED = "u8", "i4", "i8", "u4"
 
 def structure(fields: Mapping[str, Any]) -> np.dtype:
     """A dtype with the layout of a C++ structure with these fields."""
-    return np.dtype(list(fields.items()), align=True)
+    return np.dtype([(n, *f) if isinstance(f, tuple) else (n, f) for n, f in fields.items()], align=True)
 
 
 FAST_DIVISOR = structure(dict.fromkeys(("divisor", "multiplier", "shift"), _UNSIGNED))
@@ -41,6 +41,29 @@ EPILOGUE = structure(
 GEMM = structure(
     {"left": MATRIX, "right": MATRIX, "m": _INT, "n": _INT, "k": _INT, "split": SPLIT, "epilogue": EPILOGUE}
 )
+
+IMAGE = structure(
+    {"data": _POINTER, "fill": _POINTER, "pitch": _INT, "size": (_INT, 3), "positions": _INT, "grid": (FAST_DIVISOR, 3)}
+    | {"stride": (_INT, 3), "origin": (_INT, 3), "dilation": (_INT, 3), "taps": (FAST_DIVISOR, 3)}
+    | {"channels": FAST_DIVISOR}
+)
+
+TAP_MATRIX = structure(
+    {"data": _POINTER, "pitch": _INT, "first": _INT, "step": (_INT, 3), "taps": (FAST_DIVISOR, 3)}
+    | {"outputs": FAST_DIVISOR, "group_outputs": _INT}
+)
+
+TARGET = structure(
+    {"size": (_INT, 3), "stride": (_INT, 3), "first": (_INT, 3), "channels": _INT, "group_channels": _INT}
+    | {"padded_channels": FAST_DIVISOR}
+)
+
+CONV = structure(
+    {"image": IMAGE, "matrix": MATRIX, "weight": TAP_MATRIX, "target": TARGET, "m": _INT, "n": _INT, "k": _INT}
+    | {"split": SPLIT, "epilogue": EPILOGUE}
+)
+
+DIRECT = structure({"conv": CONV, "left_zero": _POINTER, "right_zero": _POINTER})
 
 QUANTIZE = structure(
     dict.fromkeys(("x", "clip_values", "key", "planes", "scales", "zeros"), _POINTER)

@@ -55,30 +55,39 @@ class Split:
 
 
 def plan_split(
-    tiles: int, shape: Sequence[int], length: int, tile_depth: int, device: Device, torch_device: torch.device
+    device: Device,
+    place: torch.device,
+    tiles: int,
+    shape: Sequence[int],
+    length: int,
+    tile_depth: int,
+    *,
+    limit: int | None = None,
+    whole_sums: bool = True,
 ) -> Split:
     """Decide on slices.
 
     Args:
+        device: Runs the kernel.
+        place: Where the slabs are allocated.
         tiles: Blocks that the result has without slices.
         shape: Rows (over all groups) and columns of the product.
         length: Summed index.
         tile_depth: Summed index of a tile; slices are multiples of it.
-        device: Runs the kernel.
-        torch_device: Where the slabs are allocated.
+        limit: Longest sum that int32 holds; ``RAW_LIMIT`` for None.
+        whole_sums: Whether a block that has whole sums finishes them; else there is a slab even for one slice.
     """
+    limit = RAW_LIMIT if limit is None else limit
     wanted = BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors // tiles
-    slices = max(1, min(wanted, length // SHORTEST_SLICE), -(-length // RAW_LIMIT))
-    depth = -(-length // slices)
-    depth = max(tile_depth, -(-depth // tile_depth) * tile_depth)
-    if depth > RAW_LIMIT:
-        depth = RAW_LIMIT // tile_depth * tile_depth
+    slices = max(1, min(wanted, length // SHORTEST_SLICE), -(-length // limit))
+    tiles_deep = -(-length // (slices * tile_depth))
+    depth = min(max(1, tiles_deep), limit // tile_depth) * tile_depth
     slices = max(1, -(-length // depth))
-    if slices == 1:
+    if slices == 1 and whole_sums:
         return Split(depth, 1, 1, None)
-    per_slab = RAW_LIMIT // depth
+    per_slab = limit // depth
     rows, columns = shape
-    slabs = torch.zeros(-(-slices // per_slab), rows, -(-columns // 4) * 4, dtype=torch.int32, device=torch_device)
+    slabs = torch.zeros(-(-slices // per_slab), rows, -(-columns // 4) * 4, dtype=torch.int32, device=place)
     return Split(depth, slices, per_slab, slabs)
 
 

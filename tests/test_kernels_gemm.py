@@ -115,9 +115,8 @@ def test_the_limit_of_a_slab_is_that_of_int32():
 
 @given(st.integers(1, 10**4), st.integers(1, 10**7), st.sampled_from([32, 64]), st.integers(1, 150))
 def test_slices_cover_the_sum_and_fit_int32(tiles, length, depth, multiprocessors):
-    plan = split.plan_split(
-        tiles, (1, 1), length, depth, EmulatedDevice(multiprocessors=multiprocessors), torch.device("cpu")
-    )
+    device = EmulatedDevice(multiprocessors=multiprocessors)
+    plan = split.plan_split(device, torch.device("cpu"), tiles, (1, 1), length, depth)
     assert plan.slices * plan.depth >= length > (plan.slices - 1) * plan.depth
     assert plan.depth % depth == 0
     assert plan.depth * plan.slices_per_slab <= split.RAW_LIMIT or (plan.slices, plan.slabs) == (1, None)

@@ -58,26 +58,27 @@ def test_wrong_results_in_some_schedule(bug):
     assert any(wrong)
 
 
-SANITIZER_CASES = {  # name: sanitizer, family, {file: (text, replacement)}, report
-    "imma races": ("thread", "imma", {}, ""),
-    "dp4a races": ("thread", "dp4a", {}, ""),
-    "missing barrier": ("thread", "imma", {"imma.cuh": (BARRIER, "")}, "data race"),
-    "slot reused early": (
-        "thread",
-        "imma",
-        {"imma.cuh": WRONG_RESULTS["slot reused early"][3:]},
-        "data race",
-    ),
-    "imma bounds": ("address", "imma", {}, ""),
-    "dp4a bounds": ("address", "dp4a", {}, ""),
+SANITIZER_CASES = {  # name: sanitizer, kernel, family, {file: (text, replacement)}, report
+    "gemm_imma races": ("thread", "gemm", "imma", {}, ""),
+    "gemm_dp4a races": ("thread", "gemm", "dp4a", {}, ""),
+    "conv_imma races": ("thread", "conv", "imma", {}, ""),
+    "missing barrier": ("thread", "gemm", "imma", {"imma.cuh": (BARRIER, "")}, "data race"),
+    "slot reused early": ("thread", "gemm", "imma", {"imma.cuh": WRONG_RESULTS["slot reused early"][3:]}, "data race"),
+    "gemm_imma bounds": ("address", "gemm", "imma", {}, ""),
+    "gemm_dp4a bounds": ("address", "gemm", "dp4a", {}, ""),
+    "conv_imma bounds": ("address", "conv", "imma", {}, ""),
+    "conv_direct bounds": ("address", "direct", "imma", {}, ""),
+    "quantize bounds": ("address", "quantize", "imma", {}, ""),
     "a row beyond the end": (
         "address",
+        "gemm",
         "imma",
         {"sources.cuh": ("rows_left(rows - first_row", "rows_left(rows + 1 - first_row")},
         "heap-buffer-overflow",
     ),
     "a result beyond the end": (
         "address",
+        "gemm",
         "imma",
         {"gemm.cuh": ("if (m >= g.m || n >= g.n) return;", "if (n >= g.n) return;")},
         "heap-buffer-overflow",
@@ -85,19 +86,40 @@ SANITIZER_CASES = {  # name: sanitizer, family, {file: (text, replacement)}, rep
 }
 
 SANITIZED = """
+import torch
 from emulator import Machine, sanitizers
 from emulator.device import EmulatedDevice
 from kernel_cases import SMALL, random_plane
+from lightning_int8.geometry import ConvGeometry
+from lightning_int8.kernels.convolution import convolution
 from lightning_int8.kernels.gemm import gemm
-SHAPES = {{"output": ((61, 448), (70, 448)), "grad_weight": ((100, 62), (100, 70))}}
-for name, (sanitizer, family, edits, report) in {0!r}.items():
+from lightning_int8.kernels.quantize import quantize
+from lightning_int8.spec import OperandSpec
+
+def run_gemm(device, variant):
+    gemm(device, "output", random_plane((61, 448)), random_plane((70, 448)), None, variant)
+    gemm(device, "grad_weight", random_plane((100, 62)), random_plane((100, 70)), None, variant)
+
+def run_conv(device, variant, channels=16, groups=1):
+    both = dict(kernel_size=(3, 3), stride=(2, 1), dilation=(1, 2), padding=((1, 1), (0, 2)), groups=groups)
+    geometry = ConvGeometry(input_size=(5, 7), **both)
+    x, w = random_plane((1, 5, 7, channels)), random_plane((channels, 3, 3, channels // groups))
+    g = random_plane((1, *geometry.output_size, channels))
+    for contraction, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
+        convolution(device, contraction, a, b, geometry, None, variant)
+
+def run_quantize(device, variant):
+    for dtype in (torch.float32, torch.bfloat16):
+        x, key = torch.randn(7, 37).to(dtype), torch.tensor([1, 2, 3])
+        quantize(device, x, torch.rand(2, 37), OperandSpec(bits=24, affine=True, rounding="stochastic"), -1, key)
+
+RUN = dict(gemm=run_gemm, conv=run_conv, quantize=run_quantize, direct=lambda d, v: run_conv(d, v, 6, 3))
+for name, (sanitizer, kernel, family, edits, report) in @@.items():
     sanitizers.case(name)
     arch, variant = SMALL[family]
-    for contraction in ["output"] if report else SHAPES:
-        a, b = map(random_plane, SHAPES[contraction])
-        for schedule, copies in ((2, "early"),) if report else ((1, "late"), (2, "early")):
-            device = EmulatedDevice(arch, Machine(schedule=schedule, copies=copies, sanitizer=sanitizer), 2, edits)
-            gemm(device, contraction, a, b, None, variant)
+    for schedule, copies in ((2, "early"),) if report else ((1, "late"), (2, "early")):
+        machine = Machine(schedule=schedule, copies=copies, sanitizer=sanitizer)
+        RUN[kernel](EmulatedDevice(arch, machine, 2, edits), variant)
 """
 
 
@@ -106,7 +128,7 @@ for name, (sanitizer, family, edits, report) in {0!r}.items():
 def test_sanitizers_report(sanitizer):
     """One process for all: it takes longer to start than to run. The symbols of its later modules are not known."""
     cases = {name: case for name, case in SANITIZER_CASES.items() if case[0] == sanitizer}
-    found = sanitizers.reports(sanitizer, SANITIZED.format(cases))
+    found = sanitizers.reports(sanitizer, SANITIZED.replace("@@", repr(cases)))
     assert list(found) == list(cases)
     for name, summary in found.items():
         expected = cases[name][-1]

@@ -143,8 +143,7 @@ void run_block() {
 }
 
 void finish_block() {
-  for (const Worker& w : machine.workers)
-    machine.ended.push_back({w.fiber.sanitizer, w.fiber.context.uc_stack.ss_sp});
+  for (const Worker& w : machine.workers) machine.ended.push_back({w.fiber.sanitizer, w.fiber.context.uc_stack.ss_sp});
 }
 
 void finish_grid() {
