@@ -36,7 +36,7 @@ __device__ __forceinline__ void convolve_output(const Conv& c) {
   const TileOrigin tile(c.m, c.n);
   const Slice slice(c.split, c.k);
   const int group = blockIdx.z, outputs = group * c.n;
-  PixelRows<typename Product::LeftPieces> left(c.image, group, tile.m, slice.first_k, slice.last_k);
+  PixelRows<typename Product::LeftPieces> left(c.image, c.k, group, tile.m, slice.first_k);
   MatrixRows<typename Product::RightPieces> right(c.matrix, outputs + c.n, outputs + tile.n, slice.first_k,
                                                   slice.last_k);
   convolve<Product>(c, tile, slice, left, right, OutputPlace{c});
@@ -48,7 +48,7 @@ __device__ __forceinline__ void convolve_grad_input(const Conv& c) {
   const TileOrigin tile(c.m, c.n);
   const Slice slice(c.split, c.k);
   const int group = blockIdx.z;
-  PixelRows<typename Product::LeftPieces> left(c.image, group, tile.m, slice.first_k, slice.last_k);
+  PixelRows<typename Product::LeftPieces> left(c.image, c.k, group, tile.m, slice.first_k);
   TapLines<typename Product::RightPieces> right(c.weight, group, c.n, tile.n, slice.first_k, slice.last_k);
   convolve<Product>(c, tile, slice, left, right, GradInputPlace{c});
 }

@@ -36,36 +36,30 @@ struct PixelRows {
   typedef P Pieces;
   static_assert(P::ORDER == K_CONTIGUOUS, "");
   const Image& image;
+  const int& length;  // of the summed index; a slice ends there or where its tiles do
   Pixel origins[P::COUNT];
-  int group_channel, k, last_k;
-  Tap tap;
+  int group_channel, k;
 
-  __device__ PixelRows(const Image& i, int group, int first_row, int first_k, int last_k)
-      : image(i),
-        group_channel(group * i.channels.divisor),
-        k(first_k + P::first_k()),
-        last_k(last_k),
-        tap(i, first_k + P::first_k()) {
+  __device__ PixelRows(const Image& i, const int& length, int group, int first_row, int first_k)
+      : image(i), length(length), group_channel(group * i.channels.divisor), k(first_k + P::first_k()) {
 #pragma unroll
     for (int p = 0; p < P::COUNT; p++) origins[p] = origin(first_row + P::first_row() + P::distance(p));
   }
 
   __device__ __forceinline__ const i8* piece(int i) const {
-    if (k >= last_k) return nullptr;
+    if (k >= length) return nullptr;
+    const Tap tap(image, k);  // the same for every piece; not kept from tile to tile, where registers are dear
     Pixel pixel = origins[i];
 #pragma unroll
     for (int d = 0; d < 3; d++) pixel.at[d] += tap.shift[d];
     return pixel_or_fill(image, pixel, group_channel + tap.channel);
   }
-  __device__ __forceinline__ void advance() {
-    k += P::DEPTH;
-    tap = Tap(image, k);
-  }
+  __device__ __forceinline__ void advance() { k += P::DEPTH; }
 
  private:
   __device__ __forceinline__ Pixel origin(int position) const {
-    Pixel pixel =
-        place_of(image.grid, min(position, image.positions - 1));  // a row beyond the last is computed and not stored
+    // A row beyond the last is computed and not stored.
+    Pixel pixel = place_of(image.grid, min(position, image.positions - 1));
 #pragma unroll
     for (int d = 0; d < 3; d++) pixel.at[d] = pixel.at[d] * image.stride[d] + image.origin[d];
     return pixel;

@@ -17,7 +17,7 @@ from lightning_int8.kernels.device import Device, Program, pointer
 from lightning_int8.kernels.parameters import CONV, DIRECT, by_value
 from lightning_int8.kernels.planes import padded
 from lightning_int8.kernels.result import Result, epilogue_fields
-from lightning_int8.kernels.split import finish, plan_split
+from lightning_int8.kernels.split import WHOLE, finish, plan_split
 from lightning_int8.kernels.variants import Variant, choose, variants
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX, Plane
 from lightning_int8.spec import INT32_MAX
@@ -112,24 +112,20 @@ def _launch_tiles(
 def _launch_direct(
     device: Device, product: Product, a: Plane, b: Plane, groups: int, out: Tensor, result: Result
 ) -> None:
-    by_weight = product.entry == "conv_grad_weight"
-    if by_weight:
-        across = -(-product.m * groups // DIRECT_ACROSS)
-        blocks, block = across * out[0].numel(), (DIRECT_ACROSS, DIRECT_THREADS // DIRECT_ACROSS)
-    else:
-        blocks, block = -(-product.m * out.shape[-1] // DIRECT_THREADS), (DIRECT_THREADS,)
-    length, shape = (product.k, (groups * product.m, product.n)) if by_weight else (0, (0, 0))
-    split = plan_split(
-        device, out.device, blocks, shape, length, block[-1], limit=DIRECT_LIMIT, whole_sums=not by_weight
-    )
     # Zero points are taken off each factor, so the epilogue sees a symmetric product.
-    symmetric = (Plane(p.data, p.scale) for p in (a, b))
-    conv = product.fields | {
-        "split": split.fields(),
-        "epilogue": epilogue_fields(*symmetric, None, None, product.products, out, result),
-    }
-    fields = {"conv": conv, "left_zero": pointer(a.zero_point), "right_zero": pointer(b.zero_point)}
+    left, right = (Plane(p.data, p.scale) for p in (a, b))
+    conv = product.fields | {"epilogue": epilogue_fields(left, right, None, None, product.products, out, result)}
+    zeros = {"left_zero": pointer(a.zero_point), "right_zero": pointer(b.zero_point)}
     kernel = device.kernel(Program("conv_direct.cu"), product.entry)
-    kernel((blocks, split.slices), block, (by_value(DIRECT, fields),))
-    if split.slabs is not None:
-        finish(device.kernel(Program("conv_finish.cu"), f"{product.entry}_finish"), split, by_value(CONV, conv))
+    if product.entry != "conv_grad_weight":
+        conv["split"] = WHOLE.fields()
+        blocks = -(-product.m * out.shape[-1] // DIRECT_THREADS)
+        kernel((blocks,), (DIRECT_THREADS,), (by_value(DIRECT, {"conv": conv, **zeros}),))
+        return
+    blocks = -(-out.shape[0] // DIRECT_ACROSS) * out[0].numel()
+    down = DIRECT_THREADS // DIRECT_ACROSS
+    shape = (groups * product.m, product.n)
+    split = plan_split(device, out.device, blocks, shape, product.k, down, limit=DIRECT_LIMIT, whole_sums=False)
+    conv["split"] = split.fields()
+    kernel((blocks, split.slices), (DIRECT_ACROSS, down), (by_value(DIRECT, {"conv": conv, **zeros}),))
+    finish(device.kernel(Program("conv_finish.cu"), f"{product.entry}_finish"), split, by_value(CONV, conv))

@@ -54,6 +54,10 @@ class Split:
         }
 
 
+WHOLE = Split(0, 1, 1, None)
+"""No slices, for kernels that do not look at their depth."""
+
+
 def plan_split(
     device: Device,
     place: torch.device,

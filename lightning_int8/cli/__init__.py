@@ -8,7 +8,10 @@ from collections.abc import Sequence
 
 from lightning_int8.version import __version__
 
-COMMANDS = {"train": "train a small network on real images, or your own module and data with --config"}
+COMMANDS = {
+    "kernels": "compile every CUDA kernel, with no GPU, and show registers, spills and INT8 instructions",
+    "train": "train a small network on real images, or your own module and data with --config",
+}
 """Command and its line in the help. Module ``cli/COMMAND.py`` has ``main(arguments) -> int``, the exit code."""
 
 
