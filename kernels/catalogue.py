@@ -26,7 +26,15 @@ class Item:
 TILED = ("gemm_{}.cu", "conv_{}.cu")
 """Sources that exist for each family and tile."""
 
-PLAIN = ("gemm_finish.cu", "conv_finish.cu", "conv_direct.cu", "quantize.cu")
+PLAIN = (
+    "gemm_finish.cu",
+    "conv_finish.cu",
+    "conv_direct.cu",
+    "quantize.cu",
+    "absmax.cu",
+    "histogram.cu",
+    "error_sums.cu",
+)
 """Sources without a tile to choose."""
 
 

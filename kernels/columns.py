@@ -1,7 +1,10 @@
-"""Grids for kernels in which a thread keeps four neighbouring columns and walks down the rows."""
+"""Grids of the kernels in which a thread keeps four neighbouring columns and walks down the rows: ``columns.cuh``."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from lightning_int8.kernels.planes import pitch
@@ -13,19 +16,36 @@ MOST_ACROSS = 32
 BLOCKS_PER_MULTIPROCESSOR = 8
 MOST_BLOCKS_DOWN = 65535
 
+ENTRIES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""Type of an element and the end of an entry point's name."""
 
-def matrix_shape(x: Tensor) -> tuple[int, int]:
-    """Rows and columns of a contiguous tensor seen as a matrix whose columns are its last axis."""
-    columns = x.shape[-1]
-    return x.shape[:-1].numel(), columns
+MAP_AXES: dict[int | None, int] = {None: 0, 0: 1, -1: 2}
+"""Axis with scales or statistics of its own and its number in ``columns.cuh``."""
 
 
-def column_grid(rows: int, columns: int, multiprocessors: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Grid and block for ``rows`` of ``columns`` elements, the padding of a row included.
+def matrix_of(x: Tensor, axis: int | None) -> dict[str, Any]:
+    """Fields of ``parameters.COLUMNS``.
+
+    Args:
+        x: Contiguous, seen as a matrix whose columns are its last axis.
+        axis: 0 or -1 where each index of that axis has a map of its own, None for one map.
+    """
+    rows, maps = x.shape[:-1].numel(), 1 if axis is None else x.shape[axis]
+    return {
+        "rows": rows,
+        "columns": x.shape[-1],
+        "map_axis": MAP_AXES[axis],
+        "maps": maps,
+        "rows_per_map": max(1, rows // maps) if axis == 0 else 1,
+    }
+
+
+def column_grid(x: Tensor, multiprocessors: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Grid and block for a contiguous tensor, the padding of its planes' rows included.
 
     Blocks are as many as keep the device busy and no more: each thread sets up its map and its key once.
     """
-    fours = max(1, pitch(columns) // 4)
+    rows, fours = x.shape[:-1].numel(), max(1, pitch(x.shape[-1]) // 4)
     across = min(MOST_ACROSS, 1 << (fours - 1).bit_length())
     down = BLOCK_THREADS // across
     blocks_across = -(-fours // across)

@@ -65,10 +65,21 @@ CONV = structure(
 
 DIRECT = structure({"conv": CONV, "left_zero": _POINTER, "right_zero": _POINTER})
 
+COLUMNS = structure(dict.fromkeys(("rows", "columns", "map_axis", "maps", "rows_per_map"), _INT))
+
 QUANTIZE = structure(
-    dict.fromkeys(("x", "clip_values", "key", "planes", "scales", "zeros"), _POINTER)
+    {"matrix": COLUMNS, "pitch": _INT, "plane_count": _INT}
+    | dict.fromkeys(("x", "clip_values", "key", "planes", "scales", "zeros"), _POINTER)
     | {"plane_bytes": _LONG}
-    | dict.fromkeys(("rows", "columns", "pitch", "plane_count", "maps", "map_axis", "rows_per_map"), _INT)
+)
+
+ABSMAX = structure({"matrix": COLUMNS, "side_step": _INT, "x": _POINTER, "out": _POINTER})
+
+HISTOGRAM = structure({"matrix": COLUMNS, "x": _POINTER, "largest": _POINTER, "counts": _POINTER})
+
+ERROR_SUMS = structure(
+    {"matrix": COLUMNS, "plane_count": _INT, "pitch": _INT, "plane_bytes": _LONG}
+    | dict.fromkeys(("x", "planes", "scales", "zeros", "sums"), _POINTER)
 )
 
 

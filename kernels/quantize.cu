@@ -8,13 +8,13 @@
 // Tile     a thread keeps four neighbouring columns and walks down the rows; blockDim.x threads across, .y down
 // Entry    quantize_f32, quantize_bf16, quantize_f16
 // Twin     lightning_int8.numerics.quantize, bit for bit
-#include "float_formats.cuh"
+#include "columns.cuh"
 #include "random_bits.cuh"
 #include "range_map.cuh"
 
-enum MapAxis { PER_TENSOR, PER_ROW, PER_COLUMN };
-
 struct Quantize {
+  Columns matrix;
+  int pitch, plane_count;
   const void* x;
   const float* clip_values;  // (maps,), or (2, maps) with a zero point
   const i64* key;            // (seed, rank, call); null rounds to nearest
@@ -22,9 +22,6 @@ struct Quantize {
   float* scales;
   int* zeros;  // null: symmetric range
   i64 plane_bytes;
-  int rows, columns, pitch;
-  int plane_count, maps, map_axis;
-  int rows_per_map;  // PER_ROW: neighbouring rows that share a map
 };
 
 // Scale of plane p is the scale of one step times this.
@@ -41,79 +38,82 @@ __device__ __forceinline__ int split_digit(int& integer) {
 
 __device__ __forceinline__ RangeMap range_map(const Quantize& q, int map) {
   const float* clip_value = q.clip_values + map;
-  return RangeMap(clip_value, q.zeros ? clip_value + q.maps : nullptr, largest_integer(q.plane_count));
+  return RangeMap(clip_value, q.zeros ? clip_value + q.matrix.maps : nullptr, largest_integer(q.plane_count));
 }
 
 // The first block writes scales and zero points. Scales are positive, so their bit patterns are ordered as they are,
 // and a NaN is above them all: whichever block finds a non-finite element has the last word without any order of
 // blocks.
 __device__ void write_maps(const Quantize& q) {
-  for (int map = threadIdx.y * blockDim.x + threadIdx.x; map < q.maps; map += blockDim.x * blockDim.y) {
+  for (int map = threadIdx.y * blockDim.x + threadIdx.x; map < q.matrix.maps; map += blockDim.x * blockDim.y) {
     const RangeMap m = range_map(q, map);
     int zero = static_cast<int>(m.zero);
     for (int p = q.plane_count - 1; p >= 0; p--) {
       const float scale = __fmul_rn(m.scale, plane_weight(p, q.plane_count));
-      atomicMax(reinterpret_cast<u32*>(q.scales + p * q.maps + map), __float_as_uint(scale));
-      if (q.zeros) q.zeros[p * q.maps + map] = p ? split_digit(zero) : zero;
+      atomicMax(reinterpret_cast<u32*>(q.scales + p * q.matrix.maps + map), __float_as_uint(scale));
+      if (q.zeros) q.zeros[p * q.matrix.maps + map] = p ? split_digit(zero) : zero;
     }
   }
 }
 
 __device__ void write_nan_scales(const Quantize& q) {
-  for (int i = 0; i < q.plane_count * q.maps; i++) atomicMax(reinterpret_cast<u32*>(q.scales + i), 0x7FC00000u);
+  for (int i = 0; i < q.plane_count * q.matrix.maps; i++) atomicMax(reinterpret_cast<u32*>(q.scales + i), 0x7FC00000u);
+}
+
+// Rounds to nearest, ties to even; or, with 16 random bits, up with a probability equal to the fraction. Clamped after
+// that: a range's largest element may be rounded beyond it.
+__device__ __forceinline__ int integer_of(float value, const RangeMap& map, float largest, bool stochastic, u32 bits) {
+  const float steps = map.steps_of(value);
+  float rounded = rintf(steps);
+  if (stochastic) {
+    const float below = floorf(steps);
+    const bool up = static_cast<float>(bits) < __fmul_rn(__fsub_rn(steps, below), 65536.0f);
+    rounded = up ? __fadd_rn(below, 1.0f) : below;
+  }
+  return static_cast<int>(fminf(fmaxf(__fadd_rn(rounded, map.zero), -largest), largest));
 }
 
 template <class Format>
 __device__ __forceinline__ void quantize(const Quantize& q) {
-  const typename Format::Stored* x = static_cast<const typename Format::Stored*>(q.x);
-  const int column = 4 * (blockIdx.x * blockDim.x + threadIdx.x);
-  const int count = min(4, q.columns - column);  // none in the padding
+  const Columns& matrix = q.matrix;
+  const int column = matrix.first_column();
   const float largest = largest_integer(q.plane_count);
   const RandomBits random(q.key);
 
   // One map for each of the four columns; equal ones unless the scale is per column.
   RangeMap maps[4] = {range_map(q, 0), range_map(q, 0), range_map(q, 0), range_map(q, 0)};
-  if (q.map_axis == PER_COLUMN)
+  if (matrix.map_axis == PER_COLUMN)
 #pragma unroll
-    for (int i = 0; i < 4; i++) maps[i] = range_map(q, min(column + i, q.columns - 1));
+    for (int i = 0; i < 4; i++) maps[i] = range_map(q, min(column + i, matrix.columns - 1));
 
   bool finite = true;
-  if (column < q.pitch)
-    for (int row = blockIdx.y * blockDim.y + threadIdx.y; row < q.rows; row += gridDim.y * blockDim.y) {
-      if (q.map_axis == PER_ROW) {
-        const RangeMap of_row = range_map(q, row / q.rows_per_map);
+  walk_down<Format>(matrix, q.x, [&](int row, const float (&values)[4], int count) {
+    if (row >= matrix.rows || column >= q.pitch) return;
+    if (matrix.map_axis == PER_ROW) {
+      const RangeMap of_row = range_map(q, row / matrix.rows_per_map);
 #pragma unroll
-        for (int i = 0; i < 4; i++) maps[i] = of_row;
-      }
-      const u64 index = static_cast<u64>(row) * q.columns + column;
-      float values[4] = {};
-      if (count > 0) load_four<Format>(values, x + index, count);
-      u32 bits[4];
-      if (q.key) random.four(bits, index);
-
-      u32 words[3] = {};  // one byte an element, one word a plane, the lowest plane first
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        finite &= __fsub_rn(values[i], values[i]) == 0.0f;
-        const float steps = maps[i].steps_of(values[i]);
-        float rounded = rintf(steps);
-        if (q.key) {
-          const float below = floorf(steps);
-          const bool up = static_cast<float>(bits[i]) < __fmul_rn(__fsub_rn(steps, below), 65536.0f);
-          rounded = up ? __fadd_rn(below, 1.0f) : below;
-        }
-        const float shifted = fminf(fmaxf(__fadd_rn(rounded, maps[i].zero), -largest), largest);
-        int integer = i < count ? static_cast<int>(shifted) : 0;
-#pragma unroll
-        for (int p = 0; p < 3; p++)
-          if (p < q.plane_count)
-            words[p] |= static_cast<u32>((p + 1 < q.plane_count ? split_digit(integer) : integer) & 255) << 8 * i;
-      }
-      i8* out = q.planes + static_cast<i64>(row) * q.pitch + column;
-#pragma unroll
-      for (int p = 0; p < 3; p++)
-        if (p < q.plane_count) *reinterpret_cast<u32*>(out + (q.plane_count - 1 - p) * q.plane_bytes) = words[p];
+      for (int i = 0; i < 4; i++) maps[i] = of_row;
     }
+    u32 bits[4] = {};
+    if (q.key) random.four(bits, static_cast<u64>(row) * matrix.columns + column);
+
+    u32 words[3] = {};  // one byte an element, one word a plane, the lowest plane first
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      finite &= __fsub_rn(values[i], values[i]) == 0.0f;
+      int integer = i < count ? integer_of(values[i], maps[i], largest, q.key, bits[i]) : 0;
+#pragma unroll
+      for (int p = 0; p < 3; p++) {
+        if (p >= q.plane_count) continue;
+        const int digit = p + 1 < q.plane_count ? split_digit(integer) : integer;
+        words[p] |= static_cast<u32>(digit & 255) << 8 * i;
+      }
+    }
+    i8* out = q.planes + static_cast<i64>(row) * q.pitch + column;
+#pragma unroll
+    for (int p = 0; p < 3; p++)
+      if (p < q.plane_count) *reinterpret_cast<u32*>(out + (q.plane_count - 1 - p) * q.plane_bytes) = words[p];
+  });
   if (!finite) write_nan_scales(q);
   if (blockIdx.x == 0 && blockIdx.y == 0) write_maps(q);
 }

@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_int8.kernels.columns import column_grid, matrix_shape
+from lightning_int8.kernels.columns import ENTRIES, column_grid, matrix_of
 from lightning_int8.kernels.device import Device, Program, pointer
 from lightning_int8.kernels.parameters import QUANTIZE, by_value
-from lightning_int8.kernels.planes import empty_planes, pitch
+from lightning_int8.kernels.planes import empty_planes
 from lightning_int8.numerics import Plane, Quantized, plane_count
 from lightning_int8.spec import OperandSpec
-
-ENTRIES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-"""Type of an element and the end of the entry point's name."""
-
-MAP_AXES: dict[int | None, int] = {None: 0, 0: 1, -1: 2}
-"""Axis with its own clip values and its number in ``quantize.cu``."""
 
 
 def quantize(
@@ -35,36 +29,31 @@ def quantize(
     Returns:
         The planes; each has rows a multiple of 16 bytes apart.
     """
-    rows, columns = matrix_shape(x)
-    count, maps = plane_count(spec.bits), 1 if axis is None else x.shape[axis]
+    matrix = matrix_of(x, axis)
+    count, maps = plane_count(spec.bits), matrix["maps"]
     clip_value = clip_value.contiguous()
     planes = empty_planes(count, x.shape, x.device)
     scales = torch.zeros(count, maps, device=x.device)
     zeros = torch.empty(count, maps, dtype=torch.int32, device=x.device) if spec.affine else None
-    parameters = by_value(
-        QUANTIZE,
-        {
-            "x": pointer(x),
-            "clip_values": pointer(clip_value),
-            "key": pointer(key) if spec.rounding == "stochastic" else 0,
-            "planes": pointer(planes),
-            "scales": pointer(scales),
-            "zeros": pointer(zeros),
-            "plane_bytes": planes.stride(0),
-            "rows": rows,
-            "columns": columns,
-            "pitch": pitch(columns),
-            "plane_count": count,
-            "maps": maps,
-            "map_axis": MAP_AXES[axis],
-            "rows_per_map": max(1, rows // maps) if axis == 0 else 1,
-        },
-    )
+    fields = {
+        "matrix": matrix,
+        "pitch": planes.shape[-1],
+        "plane_count": count,
+        "x": pointer(x),
+        "clip_values": pointer(clip_value),
+        "key": pointer(key) if spec.rounding == "stochastic" else 0,
+        "planes": pointer(planes),
+        "scales": pointer(scales),
+        "zeros": pointer(zeros),
+        "plane_bytes": planes.stride(0),
+    }
     kernel = device.kernel(Program("quantize.cu"), f"quantize_{ENTRIES[x.dtype]}")
-    kernel(*column_grid(rows, columns, device.multiprocessors), (parameters,))
+    kernel(*column_grid(x, device.multiprocessors), (by_value(QUANTIZE, fields),))
     shape = () if axis is None else (maps,)
     made = [
-        Plane(planes[p, ..., :columns], scales[p].reshape(shape), None if zeros is None else zeros[p].reshape(shape))
+        Plane(
+            planes[p, ..., : x.shape[-1]], scales[p].reshape(shape), None if zeros is None else zeros[p].reshape(shape)
+        )
         for p in range(count)
     ]
     return Quantized(tuple(made), axis)

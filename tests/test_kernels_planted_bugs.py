@@ -62,13 +62,21 @@ SANITIZER_CASES = {  # name: sanitizer, kernel, family, {file: (text, replacemen
     "gemm_imma races": ("thread", "gemm", "imma", {}, ""),
     "gemm_dp4a races": ("thread", "gemm", "dp4a", {}, ""),
     "conv_imma races": ("thread", "conv", "imma", {}, ""),
+    "columns races": ("thread", "columns", "imma", {}, ""),
+    "missing barrier (columns)": (
+        "thread",
+        "columns",
+        "imma",
+        {"error_sums.cu": ("  __syncthreads();\n", "")},
+        "data race",
+    ),
     "missing barrier": ("thread", "gemm", "imma", {"imma.cuh": (BARRIER, "")}, "data race"),
     "slot reused early": ("thread", "gemm", "imma", {"imma.cuh": WRONG_RESULTS["slot reused early"][3:]}, "data race"),
     "gemm_imma bounds": ("address", "gemm", "imma", {}, ""),
     "gemm_dp4a bounds": ("address", "gemm", "dp4a", {}, ""),
     "conv_imma bounds": ("address", "conv", "imma", {}, ""),
     "conv_direct bounds": ("address", "direct", "imma", {}, ""),
-    "quantize bounds": ("address", "quantize", "imma", {}, ""),
+    "columns bounds": ("address", "columns", "imma", {}, ""),
     "a row beyond the end": (
         "address",
         "gemm",
@@ -94,6 +102,7 @@ from lightning_int8.geometry import ConvGeometry
 from lightning_int8.kernels.convolution import convolution
 from lightning_int8.kernels.gemm import gemm
 from lightning_int8.kernels.quantize import quantize
+from lightning_int8.kernels.reductions import absmax, error_sums, histogram
 from lightning_int8.spec import OperandSpec
 
 def run_gemm(device, variant):
@@ -108,12 +117,15 @@ def run_conv(device, variant, channels=16, groups=1):
     for contraction, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
         convolution(device, contraction, a, b, geometry, None, variant)
 
-def run_quantize(device, variant):
+def run_columns(device, variant):
     for dtype in (torch.float32, torch.bfloat16):
         x, key = torch.randn(7, 37).to(dtype), torch.tensor([1, 2, 3])
-        quantize(device, x, torch.rand(2, 37), OperandSpec(bits=24, affine=True, rounding="stochastic"), -1, key)
+        clip_value = absmax(device, x, -1, sides=True)
+        spec = OperandSpec(bits=24, affine=True, rounding="stochastic")
+        error_sums(device, x, quantize(device, x, clip_value, spec, -1, key))
+        histogram(device, x, absmax(device, x, None))
 
-RUN = dict(gemm=run_gemm, conv=run_conv, quantize=run_quantize, direct=lambda d, v: run_conv(d, v, 6, 3))
+RUN = dict(gemm=run_gemm, conv=run_conv, columns=run_columns, direct=lambda d, v: run_conv(d, v, 6, 3))
 for name, (sanitizer, kernel, family, edits, report) in @@.items():
     sanitizers.case(name)
     arch, variant = SMALL[family]
