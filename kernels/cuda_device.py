@@ -31,8 +31,7 @@ class CudaDevice:
     """
 
     def __init__(self, index: int) -> None:
-        import cupy
-
+        cupy = _import_cupy()
         properties = torch.cuda.get_device_properties(index)
         self._cupy = cupy
         self._index = index
@@ -71,6 +70,15 @@ class _Kernel:
                 self._shared_bytes = shared_mem
             stream = _external_stream(self._cupy, torch.cuda.current_stream())
             self._function(tuple(grid), tuple(block), tuple(args), shared_mem=shared_mem, stream=stream)
+
+
+def _import_cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        extra = f"cuda{(torch.version.cuda or '13').partition('.')[0]}"
+        raise RuntimeError(f"CuPy cannot be imported ({error}); pip install 'lightning-int8[{extra}]'") from error
+    return cupy
 
 
 def _external_stream(cupy: Any, stream: torch.cuda.Stream) -> Any:
