@@ -1,18 +1,9 @@
-// The three contractions of a convolution as matrix products whose operands are gathered piece by piece (implicit
-// GEMM).
+// The three contractions of a convolution as matrix products with gathered operands (implicit GEMM).
 //
 // Blocks: x the tiles of one group's result, y the slices of the summed index, z the groups.
 #pragma once
 #include "conv_sources.cuh"
 #include "raster.cuh"
-
-// k tiles of a slice.
-struct Slice {
-  int index, first_k, last_k;
-  __device__ __forceinline__ Slice(const Split& split, int k)
-      : index(blockIdx.y), first_k(index * split.depth), last_k(min(k, first_k + split.depth)) {}
-  __device__ __forceinline__ int tiles() const { return max(0, last_k - first_k + BLOCK_K - 1) / BLOCK_K; }
-};
 
 template <class Product, class Left, class Right, class PlaceOf>
 __device__ __forceinline__ void convolve(const Conv& c, const TileOrigin& tile, const Slice& slice, Left& left,

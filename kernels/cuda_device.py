@@ -61,6 +61,7 @@ class _Kernel:
         self._function = function
         self._index = index
         self._shared_bytes = DEFAULT_SHARED_BYTES
+        self._streams: dict[int, Any] = {}  # torch takes its streams from a pool and never destroys one
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
         # Backward runs on threads of its own: device and stream are those of torch, at each launch.
@@ -68,8 +69,15 @@ class _Kernel:
             if shared_mem > self._shared_bytes:
                 self._cupy.cuda.driver.funcSetAttribute(self._function.ptr, _MAX_DYNAMIC_SHARED_SIZE, shared_mem)
                 self._shared_bytes = shared_mem
-            stream = _external_stream(self._cupy, torch.cuda.current_stream())
+            stream = self._stream(torch.cuda.current_stream())
             self._function(tuple(grid), tuple(block), tuple(args), shared_mem=shared_mem, stream=stream)
+
+    def _stream(self, stream: torch.cuda.Stream) -> Any:
+        handle = stream.cuda_stream
+        if handle not in self._streams:
+            from_external = getattr(self._cupy.cuda.Stream, "from_external", None)  # CuPy 14; 13 has ExternalStream
+            self._streams[handle] = from_external(stream) if from_external else self._cupy.cuda.ExternalStream(handle)
+        return self._streams[handle]
 
 
 def _import_cupy() -> Any:
@@ -79,11 +87,6 @@ def _import_cupy() -> Any:
         extra = f"cuda{(torch.version.cuda or '13').partition('.')[0]}"
         raise RuntimeError(f"CuPy cannot be imported ({error}); pip install 'lightning-int8[{extra}]'") from error
     return cupy
-
-
-def _external_stream(cupy: Any, stream: torch.cuda.Stream) -> Any:
-    from_external = getattr(cupy.cuda.Stream, "from_external", None)  # CuPy 14; 13 has ExternalStream
-    return cupy.cuda.ExternalStream(stream.cuda_stream) if from_external is None else from_external(stream)
 
 
 @functools.cache

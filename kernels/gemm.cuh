@@ -23,18 +23,20 @@ __device__ __forceinline__ void gemm(const Gemm& g) {
   DYNAMIC_SHARED(shared);
   typedef TileProduct<LEFT, RIGHT> Product;
   const TileOrigin tile(g.m, g.n);
-  const int slice = blockIdx.y, first_k = slice * g.split.depth, last_k = min(g.k, first_k + g.split.depth);
+  const Slice slice(g.split, g.k);
 
-  typename MatrixSource<LEFT>::template Of<typename Product::LeftPieces> left(g.left, g.m, tile.m, first_k, last_k);
-  typename MatrixSource<RIGHT>::template Of<typename Product::RightPieces> right(g.right, g.n, tile.n, first_k, last_k);
+  typedef typename MatrixSource<LEFT>::template Of<typename Product::LeftPieces> Left;
+  typedef typename MatrixSource<RIGHT>::template Of<typename Product::RightPieces> Right;
+  Left left(g.left, g.m, tile.m, slice.first_k, slice.last_k);
+  Right right(g.right, g.n, tile.n, slice.first_k, slice.last_k);
   Product product;
-  product.run(left, right, (last_k - first_k + BLOCK_K - 1) / BLOCK_K, shared);
+  product.run(left, right, slice.tiles(), shared);
 
   product.drain(shared, [&](int row, int column, const int* sums) {
     const int m = tile.m + row, n = tile.n + column;
     if (m >= g.m || n >= g.n) return;
     if (g.split.slabs)
-      add_to_slab(g.split, slice, m, n, sums);
+      add_to_slab(g.split, slice.index, m, n, sums);
     else
       g.epilogue.store(matrix_place(m, n, g.n), sums);
   });

@@ -1,6 +1,6 @@
-// Which tile of the result a block computes.
+// Which tile of the result a block computes, over which slice of the sums; included after a family, which has sizes.
 #pragma once
-#include "primitives.cuh"
+#include "split_sums.cuh"
 
 // Blocks that run at the same time should share operands in the L2 cache: tiles are walked in bands of BAND rows,
 // column by column within a band, so that a wave of blocks covers a near-square of the result.
@@ -15,4 +15,13 @@ struct TileOrigin {
     m = (band * BAND + rest % height) * BLOCK_M;
     n = rest / height * BLOCK_N;
   }
+};
+
+// The part of the summed index that falls to a block; blocks are sliced along y.
+struct Slice {
+  int index, first_k, last_k;
+
+  __device__ __forceinline__ Slice(const Split& split, int k)
+      : index(blockIdx.y), first_k(index * split.depth), last_k(min(k, first_k + split.depth)) {}
+  __device__ __forceinline__ int tiles() const { return max(0, last_k - first_k + BLOCK_K - 1) / BLOCK_K; }
 };

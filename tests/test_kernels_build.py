@@ -201,7 +201,7 @@ def test_launches_go_to_the_current_stream_with_enough_shared_memory(monkeypatch
     cupy, compiler = FakeCupy(), FakeCompiler()
     compiler.architectures = (75, 80, 86, 90)
     properties = SimpleNamespace(major=8, minor=9, multi_processor_count=128)
-    devices = []
+    devices, torch_stream = [], SimpleNamespace(cuda_stream=1234)
 
     @contextlib.contextmanager
     def device(index):
@@ -212,7 +212,7 @@ def test_launches_go_to_the_current_stream_with_enough_shared_memory(monkeypatch
     monkeypatch.setattr(cuda_device, "compiler_of", lambda major: compiler)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "device", device)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "torch's")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: torch_stream)
     gpu = cuda_device.CudaDevice(3)
     assert (gpu.arch, gpu.multiprocessors) == ("sm_86", 128)
     kernel = gpu.kernel(Program("quantize.cu"), "quantize_f32")
@@ -220,7 +220,7 @@ def test_launches_go_to_the_current_stream_with_enough_shared_memory(monkeypatch
     for shared in (1000, 64 << 10, 64 << 10):
         kernel([2, 3], [256], ["parameters"], shared_mem=shared)
     assert cupy.attributes == [(77, 8, 64 << 10)]
-    named = {"shared_mem": 64 << 10, "stream": ("stream", "torch's")}
+    named = {"shared_mem": 64 << 10, "stream": ("stream", torch_stream)}
     assert cupy.launches[-1] == ("quantize_f32", ((2, 3), (256,), ("parameters",)), named)
     assert set(devices) == {3}
     assert compiler.calls == 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lightning_int8.kernels.catalogue import catalogue
@@ -59,9 +61,11 @@ def compile_matrix(architectures: Sequence[str]) -> Iterator[dict[str, Any]]:
         RuntimeError: No compiler for an architecture is installed.
         ValueError: An architecture has no INT8 product.
     """
-    for arch in architectures:
-        for item in catalogue(arch):
-            for kernel in report(item.program, arch, compiler_for(arch)):
+    items = [(arch, item, compiler_for(arch)) for arch in architectures for item in catalogue(arch)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compiler runs outside of Python's lock
+        reports = pool.map(lambda job: report(job[1].program, job[0], job[2]), items)
+        for (arch, item, _), made in zip(items, reports, strict=True):
+            for kernel in made:
                 yield {
                     "arch": arch,
                     "program": item.label,
