@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from lightning_int8.kernels.planes import pitch
+from torch import Tensor
 
 BLOCK_THREADS = 256
 MOST_ACROSS = 32

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from lightning_int8.kernels.device import pointer
+from torch import Tensor
 
 ALIGNMENT = 16
 """Bytes that one thread copies at a time."""

@@ -26,7 +26,7 @@ struct RangeMap {
       span = high;
       steps = largest;
     }
-    inverse = __fmul_rn(__fdiv_rn(1.0f, span), steps);  // rounded twice, as torch divides a number by a tensor
+    inverse = __fdiv_rn(steps, span);
     const bool finite = __fsub_rn(span, span) == 0.0f;
     scale = finite ? __fdiv_rn(span, steps) : __uint_as_float(0x7FC00000);
     zero = 0.0f;

@@ -194,7 +194,8 @@ def affine_map(clip_value: Tensor, bits: int, affine: bool) -> AffineMap:
     else:
         high = clip_value.clamp(min=MIN_CLIP_VALUE)
         low, span, steps = -high, high, float(largest)
-    inverse = steps / span
+    # A tensor by a tensor: torch divides a number by a tensor as reciprocal times number, which rounds twice.
+    inverse = torch.full_like(span, steps) / span
     scale = torch.where(torch.isfinite(span), span / steps, torch.nan)
     zero = None
     if affine:

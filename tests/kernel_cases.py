@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
+from lightning_int8.kernels import variants
 
 from lightning_int8 import backends
-from lightning_int8.backends.base import apply_scales
-from lightning_int8.kernels import variants
+from lightning_int8.backends.base import output_scales
 from lightning_int8.numerics import Plane, Quantized
 
 needs_compiler = pytest.mark.skipif(
@@ -44,4 +44,5 @@ def scaled(sums, contraction, a, b, geometry=None):
     axes = [None if p.scale.dim() == 0 else -1 for p in (a, b)]
     axes[1] = 0 if axes[1] is not None and contraction == "output" else axes[1]
     a, b = (Quantized((p,), axis) for p, axis in zip((a, b), axes, strict=True))
-    return apply_scales(sums, contraction, a, b, 0, 0, geometry)
+    left, right = output_scales(contraction, a, b, 0, 0, geometry, sums.dim())
+    return sums.to(torch.float32).mul_(left).mul_(right)

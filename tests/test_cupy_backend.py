@@ -9,6 +9,7 @@ from emulator.device import EmulatedDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import needs_compiler, random_plane
+from lightning_int8.kernels import cuda_device
 from test_conformance import PLANE_SUM_ULPS, cases, conv_layers, max_plane_product
 
 from lightning_int8 import backends, convert, gemm_counts
@@ -16,7 +17,6 @@ from lightning_int8.backends import Counts
 from lightning_int8.backends.base import plane_pairs
 from lightning_int8.backends.cupy import CuPy
 from lightning_int8.geometry import ConvGeometry
-from lightning_int8.kernels import cuda_device
 
 pytestmark = needs_compiler
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from lightning_int8.cli import main
 from lightning_int8.kernels import build, cuda_device, machine_code, nvrtc
 from lightning_int8.kernels.catalogue import PLAIN, TILED, catalogue
 from lightning_int8.kernels.device import Program
+
+from lightning_int8.cli import main
 
 ARCHITECTURES = {  # INT8 instruction, and how many of it a large tile's kernel has
     61: ("dp4a.s32.s32", 512),

@@ -93,6 +93,14 @@ def test_largest_integers():
     assert [largest_integer(bits) for bits in (8, 16, 24)] == [127, 32639, 8355711]
 
 
+@pytest.mark.parametrize("bits", numerics.BITS)
+def test_the_inverse_of_the_scale_is_rounded_once(bits):
+    torch.manual_seed(0)
+    clip_value = torch.rand(10_000) + 0.1
+    exact = torch.tensor(float(largest_integer(bits)), dtype=torch.float64) / clip_value.double()
+    assert torch.equal(numerics.affine_map(clip_value, bits, affine=False).inverse, exact.float())
+
+
 @pytest.mark.parametrize("quantize", [eager, fused])
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_planes_recombine_to_the_rounded_integer(bits, quantize):

@@ -59,7 +59,7 @@ def methods_examples():
             yield pytest.param(code, id=section.split("\n")[0])
 
 
-@pytest.mark.parametrize("code", methods_examples())
+@pytest.mark.parametrize("code", list(methods_examples()))
 def test_examples_of_the_methods_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
