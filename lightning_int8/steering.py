@@ -70,7 +70,8 @@ class Steering:
         """
         factors: dict[Tensor, float] = {}
         for layer, state in self.layers:
-            if state.factor < 1.0:
+            # Restored or converted anew, a layer is no longer this conversion's, though a plugin may still hold it.
+            if state.factor < 1.0 and layer.__dict__.get("int8_state") is state:
                 for parameter in layer._parameters.values():
                     if parameter is not None and parameter.requires_grad:
                         factors[parameter] = min(state.factor, factors.get(parameter, 1.0))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_int8 import Int8Precision, convert, recipes
+from lightning_int8 import Int8Precision, convert, recipes, restore
 from lightning_int8.policies import DeviationFactor
 from lightning_int8.rewrite import conversion_of, layer_states
 
@@ -264,6 +264,31 @@ def test_parameters_without_a_factor_are_not_copied():
     layer_states(model)[1].factor = 0.5
     assert [p is q for (p, _, _), q in zip(steering.hold(optimizer), model.b.parameters(), strict=True)] == [True, True]
     assert steering.hold(torch.optim.SGD(model.a.parameters(), 0.1)) == []
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["restored", "converted anew"])
+def test_a_conversion_that_was_undone_scales_nothing_more(again):
+    """Whoever holds it, as a plugin does after its fit."""
+    layer = nn.Linear(6, 3, bias=False)
+    model = nn.Sequential(layer)
+    convert(model, forced({"0": 0.5}))
+    held = conversion_of(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def update_over_plain_update():
+        optimizer.zero_grad()
+        model(torch.randn(16, 6)).square().sum().backward()
+        old = layer.weight.detach().clone()
+        optimizer.step()
+        return (layer.weight.detach() - old).norm() / (0.1 * layer.weight.grad.norm())
+
+    assert [float(update_over_plain_update()) for _ in range(2)] == pytest.approx([1.0, 0.5], rel=1e-3)
+    restore(model)
+    if again:
+        convert(model, forced({"0": 0.5}))
+    expected = [1.0, 0.5] if again else [1.0, 1.0]
+    assert [float(update_over_plain_update()) for _ in range(2)] == pytest.approx(expected, rel=1e-3)
+    assert held.steering.layers
 
 
 @pytest.mark.parametrize(("distance", "factor"), [(0.0, 1.0), (0.01, 0.82), (0.05, 0.37), (0.115, 0.1), (2.0, 0.1)])
