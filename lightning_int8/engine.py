@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch.distributed as dist
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_int8 import checkpoint
@@ -16,8 +16,8 @@ from lightning_int8.policies import BitWidthRule, DeviationFactor
 from lightning_int8.report import ConversionReport, current, execution_table
 from lightning_int8.rewrite import Conversion, conversion_of, convert_with, layer_states
 from lightning_int8.settings import Settings
-from lightning_int8.steering import Steering
-from lightning_int8.sync import SYNC_CLIP, agree
+from lightning_int8.steering import Steering, several_ranks
+from lightning_int8.sync import SYNC_CLIP, agree, of_first_rank
 
 HIGH_PRECISION = ("32-true", "bf16-mixed", "16-mixed")
 """What the layers that stay in float, and everything between layers, compute in."""
@@ -28,7 +28,8 @@ class Engine:
 
     Args:
         settings: Arguments of the conversion.
-        sync_clip: How ranks agree on clip values after a refresh: "max", "mean", or "local" for not at all.
+        sync_clip: How ranks agree on clip values after a refresh: "max", "mean", or "local" for not at all. On
+            learning-rate factors and on the layers kept in float they always agree.
 
     Attributes:
         optimizers: Number of optimizers that may take turns.
@@ -83,7 +84,6 @@ class Engine:
         if conversion is not self._conversion:
             self._conversion = conversion
             self._seen_steps = self._summarised_steps = self.clock.steps
-        self.steering.settles_itself = False  # but here, after the ranks have agreed
         self.configure()
 
     @property
@@ -125,6 +125,15 @@ class Engine:
             for operand in state.distinct_operands():
                 operand.key[1] = rank
 
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """Around a call of the optimizer: what it settles waits for ``after_step``, where ranks agree first."""
+        self.steering.settles_itself = False
+        try:
+            yield
+        finally:
+            self.steering.settles_itself = True
+
     def after_step(self, loss_scale: float) -> None:
         """Work after an optimizer step: prove that INT8 ran, follow the loss scale, agree with other ranks, settle.
 
@@ -145,13 +154,32 @@ class Engine:
                     f"layer {state.name!r}: trained {state.train_calls} forward passes without one INT8 contraction; "
                     "something replaces what its forward calls"
                 )
-        if self.sync_clip != "local" and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            operands = [o for s in self._states for o in s.distinct_operands() if o.tensor != "w" or o.width]
+        agreed = not several_ranks() or self._agree(finished)
+        unordered = self.clock.order is not None
+        self.steering.settle(agreed)
+        for state in self._states:
+            if unordered and state.kept_float:
+                rank_zero_info(f"layer {state.name!r} stays in float from now on: {state.kept_float}")
+
+    def _agree(self, finished: range) -> bool:
+        """Agree with the other ranks on what the finished steps may have measured.
+
+        Returns:
+            Whether they did: distances are the same on all ranks now. The answer is the same everywhere.
+        """
+        if self.steering.keep_float and self.clock.order is not None:
+            self.clock.order = of_first_rank(self.clock.order)
+        operands = [o for s in self._states for o in s.distinct_operands() if o.tensor != "w" or o.width]
+        if self.sync_clip == "local":
+            operands = [o for o in operands if o.tracks_distance]
+            due = any(self.clock.last_due(None, step) == step for step in finished)
+        else:
             # With several optimizers that take turns a layer may refresh as many steps after it was due.
             late = range(self.optimizers)
-            if any(o.refreshes_within(s, late) for o in operands for s in finished):
-                agree(operands, self.sync_clip)
-        self.steering.settle()
+            due = any(o.refreshes_within(step, late) for o in operands for step in finished)
+        if due and operands:
+            agree(operands, self.sync_clip)
+        return due
 
     def follow_loss_scale(self, loss_scale: float) -> None:
         """Gradients grow and shrink with the loss scale, and so must their clip values between refreshes."""

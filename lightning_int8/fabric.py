@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -97,7 +97,10 @@ class Int8Precision(MixedPrecision, *twin("lightning_fabric", "plugins.precision
 
     def optimizer_step(self, optimizer: Any, **kwargs: Any) -> Any:
         """Step, then agree on clip values."""
-        result = super().optimizer_step(optimizer, **kwargs)
+        with ExitStack() as stack:
+            for _, engine in self._models:
+                stack.enter_context(engine.stepping())
+            result = super().optimizer_step(optimizer, **kwargs)
         self._optimizers.add(optimizer)
         for _, engine in self._models:
             engine.check_optimizers([optimizer])

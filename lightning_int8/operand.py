@@ -168,24 +168,31 @@ class Operand:
         if self.width is not None:
             self.width.rescale(ratio)
 
-    def shared(self) -> list[tuple[torch.Size, Tensor | None]]:
-        """Shape and value of what ranks agree on; values are never negative, None is unknown."""
-        parts = [(self.clip_shape, self.clip_value)]
+    def shared(self, ranges: bool) -> list[tuple[torch.Size, Tensor | None]]:
+        """Shape and value of what ranks agree on; values are never negative, None is unknown.
+
+        Args:
+            ranges: Whether clip value and width belong to it, or the distance alone.
+        """
+        parts: list[tuple[torch.Size, Tensor | None]] = []
         if self.tracks_distance:
             parts.append((torch.Size(), self.distance))
-        if self.width is not None:
+        if ranges:
+            parts.append((self.clip_shape, self.clip_value))
+        if ranges and self.width is not None:
             count = len(WIDTHS)
             parts += [(torch.Size((count, *self.clip_shape)), self.width.candidates)]
             parts += [(torch.Size((count,)), self.width.errors)]
         return parts
 
-    def agree(self, values: list[Tensor | None]) -> None:
-        """Take over what the ranks agreed on, in the order of ``shared``; None leaves a value as it is."""
+    def agree(self, values: list[Tensor | None], ranges: bool) -> None:
+        """Take over what the ranks agreed on, see ``shared``; None leaves a value as it is."""
         rest = iter(values)
-        self.clip_value = _or(next(rest), self.clip_value)
         if self.tracks_distance:
             self.distance = _or(next(rest), self.distance)
-        if self.width is not None:
+        if ranges:
+            self.clip_value = _or(next(rest), self.clip_value)
+        if ranges and self.width is not None:
             self.width.candidates = _or(next(rest), self.width.candidates)
             self.width.errors = _or(next(rest), self.width.errors)
 

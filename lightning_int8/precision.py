@@ -38,7 +38,8 @@ class Int8Precision(MixedPrecision, *twin("pytorch_lightning", "plugins.precisio
         layers: "int8" converts every layer that can be.
         high_precision: What the rest computes in: "32-true", "bf16-mixed" or "16-mixed" (with a gradient scaler).
         backend: "auto" chooses by the device; or the name of one.
-        sync_clip: How DDP ranks agree on clip values after a refresh: "max", "mean" or "local".
+        sync_clip: How DDP ranks agree on clip values after a refresh: "max", "mean" or "local". Learning-rate factors and
+            the layers that a recipe keeps in float are the same on all ranks in any case.
         refresh: Optimizer steps between refreshes of clip values whose range rule names no interval.
         fuse: Whether neighbouring passes may be fused where the result stays the same (this version fuses none).
         seed: Seed of stochastic rounding.
@@ -147,7 +148,8 @@ class Int8Precision(MixedPrecision, *twin("pytorch_lightning", "plugins.precisio
     ) -> Any:
         """Step, then agree with the other ranks on clip values, widths and learning-rate factors."""
         self._engine.clock.epoch_steps = _epoch_steps(model.trainer)
-        result = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
+        with self._engine.stepping():
+            result = super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)
         self._engine.after_step(self._loss_scale())
         return result
 

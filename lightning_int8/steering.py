@@ -5,11 +5,13 @@ Global optimizer hooks see every optimizer step, whoever calls it: a Trainer, Fa
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -25,14 +27,16 @@ class Steering:
 
     Attributes:
         layers: The converted layers with their states.
-        settles_itself: Whether every optimizer step settles; an engine does it after the ranks have agreed.
+        settles_itself: Whether every optimizer step settles; False while an engine steps, which lets ranks agree first.
+        keep_float: "first" and "last", the layers to keep in float by the order in which they run.
     """
 
     def __init__(self, clock: Clock, keep_float: Sequence[str]) -> None:
         self.layers: list[tuple[nn.Module, LayerState]] = []
         self.settles_itself = True
+        self.keep_float = tuple(keep_float)
         self._clock = clock
-        self._keep_float = tuple(keep_float)
+        self._warned = False
         self._settled_steps = clock.steps
         self._held: list[tuple[Tensor, Tensor, float]] = []
         _alive.add(self)
@@ -47,21 +51,39 @@ class Steering:
         for _, state in self.layers:
             state.update_factor()
 
-    def settle(self) -> None:
-        """Put in force what the finished steps measured: widths, learning-rate factors, which layers stay float."""
+    def settle(self, agreed: bool) -> None:
+        """Put in force what the finished steps measured: widths, learning-rate factors, which layers stay float.
+
+        Args:
+            agreed: Whether the same distances are known to every rank. Without that factors stay as they are: of their
+                own, they would drive the weights of the ranks apart.
+        """
         if self._settled_steps == self._clock.steps:
             return
         self._settled_steps = self._clock.steps
-        order, self._clock.order = self._clock.order, None
-        if order:
+        if order := self._clock.order:  # empty as long as no layer had anything to compute
+            self._clock.order = None
             states = {state.name: state for _, state in self.layers}
             for position, name in (("first", order[0]), ("last", order[-1])):
-                if position in self._keep_float and name in states:
+                if position in self.keep_float and name in states:
                     states[name].kept_float = f"keep_float: runs {position}"
         for _, state in self.layers:
             for operand in state.distinct_operands():
                 operand.settle(self._clock.steps - 1)
-            state.update_factor()
+            if agreed or state.kept_float:
+                state.update_factor()
+
+    def settle_alone(self) -> None:
+        """``settle`` after a step that nobody else follows, as in a plain loop."""
+        alone, stepped = not several_ranks(), self._settled_steps < self._clock.steps
+        if stepped and not alone and not self._warned and any(state.learning_rate for _, state in self.layers):
+            self._warned = True
+            warnings.warn(
+                "learning-rate factors are not applied: several ranks must agree on them, which they do where the "
+                "plugin Int8Precision (of Lightning or Fabric) calls the optimizer",
+                stacklevel=2,
+            )
+        self.settle(agreed=alone)
 
     def hold(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor, float]]:
         """Copies of the parameters that ``optimizer`` is about to update and whose factor is below 1, with the factor.
@@ -89,6 +111,11 @@ class Steering:
         self._held = []
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     held = [steering.hold(optimizer) for steering in _alive]
     if not any(held):
@@ -103,7 +130,7 @@ def _after_step(*_: Any) -> None:
     for steering in _alive:
         steering.scale_update()
         if steering.settles_itself:
-            steering.settle()
+            steering.settle_alone()
 
 
 def _only_once(closure: Callable[[], Any], optimizer: Optimizer) -> Callable[[], Any]:

@@ -1,14 +1,21 @@
-"""Ranks agree on clip values, distances and errors: one flat all-reduce after a refresh, in force at the next step."""
+"""Ranks agree on clip values, distances and errors: one flat all-reduce after a refresh, in force at the next step.
+
+Clip values and widths may differ between ranks (mode "local"). Distances may not, nor the order of the layers: learning
+rates follow from them, and with rates of their own the weights of the ranks would drift apart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_int8.operand import Operand
+
+T = TypeVar("T")
 
 SYNC_CLIP = ("max", "mean", "local")
 """What ranks do with each other's clip values."""
@@ -21,15 +28,16 @@ def agree(operands: Sequence[Operand], mode: str) -> None:
 
     Args:
         operands: The live slots, in the same order on every rank.
-        mode: "max" or "mean".
+        mode: "max" or "mean"; "local" is the maximum of the distances, and nothing else.
     """
+    ranges = mode != "local"
     # Communicate where the model is: keys stay on the host, clip values follow the tensors.
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    parts = [part for operand in operands for part in operand.shared()]
+    parts = [part for operand in operands for part in operand.shared(ranges)]
     sizes = [shape.numel() for shape, _ in parts]
     values = torch.cat([_flat(value, size, device) for (_, value), size in zip(parts, sizes, strict=True)])
     known = torch.isfinite(values)
-    if mode == "max":
+    if mode in ("max", "local"):
         # Nothing shared is ever negative, so -1 stands for "none here".
         merged = torch.where(known, values, -1.0)
         dist.all_reduce(merged, op=dist.ReduceOp.MAX)
@@ -44,7 +52,14 @@ def agree(operands: Sequence[Operand], mode: str) -> None:
         for (shape, _), value, some in zip(parts, merged.split(sizes), anywhere.split(sizes), strict=True)
     )
     for operand in operands:
-        operand.agree([next(agreed) for _ in operand.shared()])
+        operand.agree([next(agreed) for _ in operand.shared(ranges)], ranges)
+
+
+def of_first_rank(value: T) -> T:
+    """The ``value`` of rank 0, on every rank; primitives, and lists of them."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def _flat(value: Tensor | None, size: int, device: torch.device) -> Tensor:

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import BATCHES, Digits
 from torch import nn
 
-from lightning_int8 import convert, gemm_counts, recipes
+from lightning_int8 import Int8Precision, convert, gemm_counts, recipes
 from lightning_int8.bit_width import AdaptiveWidth
 from lightning_int8.policies import WIDTHS, BitWidthRule
 from lightning_int8.rewrite import conversion_of, layer_states
@@ -214,6 +215,38 @@ def test_a_wide_gradient_is_a_better_gradient():
             optimizer.step()
         errors[recipe] = float((layer[0].weight.grad.double() - truth).norm() / truth.norm())
     assert errors["fixed_point"] < 0.3 * errors["default"]
+
+
+class ByHand(Digits):
+    """Steps the optimizer behind the Trainer's back."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch):
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        optimizer.step()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+@pytest.mark.parametrize("kind", [Digits, ByHand])
+def test_every_step_settles_during_a_fit_and_after_it(kind, make_trainer):
+    model = kind()
+    make_trainer(Int8Precision("fixed_point")).fit(model)
+    widths = [o.width for s in layer_states(model) for o in s.distinct_operands() if o.clip_value is not None]
+    assert all(width.candidates is None for width in widths)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(BATCHES, BATCHES + 2):
+        scheduled = [width.next_step for width in widths]
+        optimizer.zero_grad()
+        model(torch.rand(16, 1, 8, 8)).square().mean().backward()
+        optimizer.step()
+        assert [width.next_step > step for width in widths] == [True] * len(widths), scheduled
 
 
 def test_the_rule_of_the_recipe_is_its_own():

@@ -68,6 +68,20 @@ class Uneven(Digits):
         return nn.functional.cross_entropy(self(images[:count]), labels[:count], reduction="sum")
 
 
+class Dropping(Digits):
+    """Has a layer that rests in most steps, on all ranks alike: its refreshes come when no layer is due."""
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(10, 10)
+
+    def training_step(self, batch, batch_idx):
+        y = self.net(batch[0])
+        if self.global_step in (3, 5):
+            y = y + self.extra(y)
+        return nn.functional.cross_entropy(y, batch[1])
+
+
 class Wrapper(torch.optim.Optimizer):
     """An optimizer around another one, as Lookahead, SAM and the zero-redundancy optimizer are."""
 
@@ -191,11 +205,16 @@ def main(folder):
         results[name] = fit(kind(), recipe=recipe, max_epochs=2, save_to=folder / "b.ckpt")
         fit(kind(), recipe=recipe, max_epochs=1, save_to=folder / "b.ckpt")
         results[f"{name}, resumed"] = fit(kind(seed=9), recipe=recipe, max_epochs=2, ckpt_path=folder / "b.ckpt")
+    everywhere = dataclasses.replace(by_recipe()["unified"], keep_float=())
+    results["factors, branching"] = fit(Branching(), recipe=by_recipe()["unified"], max_epochs=1, unused=True)
+    results["factors, local"] = fit(Digits(), "local", recipe=everywhere, max_epochs=2)
+    results["factors, late"] = fit(Dropping(), recipe=everywhere, max_epochs=3, unused=True)
     results["fabric"] = fit_with_fabric()
     results["fabric, adversaries"] = fit_adversaries_with_fabric()
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
     # Last, since ranks that do not agree when to talk would wait for each other.
-    torch.save(fit(Uneven(), max_epochs=2), folder / f"uneven {torch.distributed.get_rank()}.pt")
+    uneven = {name: fit(Uneven(), recipe=recipe, max_epochs=2) for name, recipe in by_recipe().items()}
+    torch.save(uneven, folder / f"uneven {torch.distributed.get_rank()}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +241,7 @@ def ranks(folder):
 
 
 ALL = ["one step, max", "one step, mean", "one step, local", "long, max", "long, mean", "long, local"]
+ALL += ["factors, branching", "factors, local", "factors, late"]
 ALL += ["resumed", "accumulated", "branching", "two optimizers", "wrapped optimizer", "fabric", "fabric, adversaries"]
 
 
@@ -290,11 +310,22 @@ def test_a_layer_that_one_rank_never_called_takes_the_others_clip_value(ranks):
 
 
 @pytest.mark.slow
-def test_a_rank_without_data_in_one_step_keeps_in_step(folder):
-    first, second = load(folder, "uneven ")
-    assert same(first["weights"], second["weights"])
-    assert same(first["clip values"], second["clip values"])
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_a_rank_without_data_in_one_step_keeps_in_step(folder, recipe):
+    first, second = (rank[recipe] for rank in load(folder, "uneven "))
+    for field in ("weights", "clip values", "factors", "float layers"):
+        assert same(first[field], second[field]), field
     assert first["steps"] == second["steps"] == 2 * STEPS_PER_EPOCH
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["factors, branching", "factors, local", "factors, late"])
+def test_learning_rate_factors_and_float_layers_are_the_same_on_all_ranks(ranks, run):
+    """Whatever ranks see on their own: else their weights would drift apart."""
+    first, second = (r[run] for r in ranks)
+    assert first["factors"] == second["factors"]
+    assert min(first["factors"].values()) < 1
+    assert first["float layers"] == second["float layers"]
 
 
 @pytest.mark.slow

@@ -266,6 +266,23 @@ def test_parameters_without_a_factor_are_not_copied():
     assert steering.hold(torch.optim.SGD(model.a.parameters(), 0.1)) == []
 
 
+def test_ranks_that_nobody_brings_together_take_plain_steps(monkeypatch):
+    """A factor of one rank alone would drive its weights away from the others'."""
+    monkeypatch.setattr("lightning_int8.steering.several_ranks", lambda: True)
+    model = Model()
+    convert(model, forced())
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    warned = []
+    monkeypatch.setattr("lightning_int8.steering.warnings.warn", lambda message, **_: warned.append(message))
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(16, 6)).square().mean().backward()
+        optimizer.step()
+    assert len(warned) == 1
+    assert warned[0].startswith("learning-rate factors are not applied: several ranks must agree")
+    assert [s.factor for s in layer_states(model)] == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["restored", "converted anew"])
 def test_a_conversion_that_was_undone_scales_nothing_more(again):
     """Whoever holds it, as a plugin does after its fit."""

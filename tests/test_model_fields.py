@@ -66,6 +66,27 @@ def test_a_layer_kept_float_computes_what_the_float_layer_does():
     assert type(model.stem) is nn.Conv2d
 
 
+def test_a_step_without_data_leaves_the_order_to_the_next_one():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    convert(model, dataclasses.replace(recipes.get("default"), keep_float=("first", "last")))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for samples in (0, 8):
+        assert not any(s.kept_float for s in layer_states(model))
+        optimizer.zero_grad()
+        model(torch.randn(samples, 4)).sum().backward()
+        optimizer.step()
+    assert [s.name for s in layer_states(model) if s.kept_float] == ["0", "2"]
+
+
+def test_a_layer_that_stays_float_is_logged(make_trainer, monkeypatch):
+    lines = []
+    monkeypatch.setattr("lightning_int8.engine.rank_zero_info", lines.append)
+    make_trainer(Int8Precision("unified")).fit(Digits())
+    assert lines == [
+        f"layer 'net.{i}' stays in float from now on: keep_float: runs {p}" for i, p in ((0, "first"), (5, "last"))
+    ]
+
+
 # --- Norms -----------------------------------------------------------------------------------------------------------
 
 
