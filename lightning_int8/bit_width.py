@@ -98,12 +98,12 @@ class AdaptiveWidth:
         rule = asdict(self.rule)
         return {"rule": rule, "bits": self.bits, "next_step": self.next_step, "average": average}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of ``state_dict``, but for the rule: that in use stays."""
-        self.bits, self.next_step = state["bits"], state["next_step"]
-        self.candidates = self.errors = None
-        if state["average"] is None:
-            self._average = None
-        else:
-            self._average, averaged, self._resolution = state["average"]
-            self._averaged_step = int(averaged)
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any], least: int) -> AdaptiveWidth:
+        """Inverse of ``state_dict``; ``least`` is the width that the recipe gives."""
+        width = cls(BitWidthRule(**state["rule"]), least)
+        width.bits, width.next_step = state["bits"], state["next_step"]
+        if state["average"] is not None:
+            width._average, averaged, width._resolution = state["average"]
+            width._averaged_step = int(averaged)
+        return width

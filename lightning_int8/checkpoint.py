@@ -41,15 +41,17 @@ def state_of(recipe: Recipe, clock: Clock, loss_scale: float | None, states: Seq
 
 
 def load(state: dict[str, Any], clock: Clock, states: Sequence[LayerState]) -> None:
-    """Inverse of ``state_of``, after ``check``."""
+    """Inverse of ``state_of``, after ``check``.
+
+    Rules come back too, of the recipe or of a callback that this run may lack: it goes on as it was steered.
+    """
     clock.steps = state["steps"]
     clock.order = None if state["ordered"] else []
     for layer in states:
         steering = state["steering"][layer.name]
         layer.kept_float = steering["kept_float"]
-        if layer.learning_rate is None and steering["learning_rate"] is not None:
-            # The run that saved it was steered by a callback that is not here: go on as it did.
-            layer.scale_learning_rate(DeviationFactor(**steering["learning_rate"]))
+        rule = steering["learning_rate"]
+        layer.scale_learning_rate(None if rule is None else DeviationFactor(**rule))
         for operand in layer.distinct_operands():
             operand.load_state_dict(state["layers"][layer.name][operand.slot])
 

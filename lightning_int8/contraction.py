@@ -55,19 +55,19 @@ class LayerState:
         for operand in self.distinct_operands():
             operand.adapt(rule)
 
-    def scale_learning_rate(self, rule: DeviationFactor) -> None:
-        """Let ``rule`` decide the learning-rate factor from now on."""
+    def scale_learning_rate(self, rule: DeviationFactor | None) -> None:
+        """Let ``rule`` decide the learning-rate factor from now on; None takes plain steps."""
         self.learning_rate = rule
-        self.operands["grad_weight.lhs"].tracks_distance = True
+        self.operands["grad_weight.lhs"].tracks_distance = rule is not None
         self._factor_of = None
         self.update_factor()
 
     def update_factor(self) -> None:
         """Take the factor from the cosine distance that the gradient of the output showed last."""
         distance = self.operands["grad_weight.lhs"].distance
-        if self.learning_rate is None or self.kept_float:
+        if self.learning_rate is None or self.kept_float or distance is None:
             self.factor = 1.0
-        elif distance is not None and distance is not self._factor_of:
+        elif distance is not self._factor_of:
             self._factor_of = distance  # read by the host once, not at every step
             if math.isfinite(value := float(distance)):
                 self.factor = self.learning_rate.factor(value)

@@ -212,6 +212,7 @@ class Engine:
         """
         self.check_state_dict(state)
         checkpoint.load(state, self.clock, self._states)
+        self.configure()  # callbacks of this run have the last word
         self._seen_steps = self.clock.steps
         self._loss_scale = state["loss_scale"]
         self.steering.resumed()

@@ -213,12 +213,7 @@ class Operand:
         self.key = torch.stack((state["key"][0], self.key[1], state["key"][2]))
         self._refreshed = state["refreshed"]
         self.distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
-        if state["width"] is not None:
-            if self.width is None:
-                # The run that saved it was steered by a callback that is not here: go on as it did.
-                self.adapt(BitWidthRule(**state["width"]["rule"]))
-            assert self.width is not None
-            self.width.load_state_dict(state["width"])
+        self.width = None if state["width"] is None else AdaptiveWidth.from_state_dict(state["width"], self.spec.bits)
 
 
 def _or(value: Tensor | None, otherwise: Tensor | None) -> Tensor | None:

@@ -38,8 +38,8 @@ class Int8Precision(MixedPrecision, *twin("pytorch_lightning", "plugins.precisio
         layers: "int8" converts every layer that can be.
         high_precision: What the rest computes in: "32-true", "bf16-mixed" or "16-mixed" (with a gradient scaler).
         backend: "auto" chooses by the device; or the name of one.
-        sync_clip: How DDP ranks agree on clip values after a refresh: "max", "mean" or "local". Learning-rate factors and
-            the layers that a recipe keeps in float are the same on all ranks in any case.
+        sync_clip: How DDP ranks agree on clip values after a refresh: "max", "mean" or "local". Learning-rate factors
+            and the layers that a recipe keeps in float are the same on all ranks in any case.
         refresh: Optimizer steps between refreshes of clip values whose range rule names no interval.
         fuse: Whether neighbouring passes may be fused where the result stays the same (this version fuses none).
         seed: Seed of stochastic rounding.

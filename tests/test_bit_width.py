@@ -114,9 +114,7 @@ def test_the_schedule_equals_the_algorithm_run_step_by_step(mode):
             assert clip == clips[WIDTHS.index(width.bits)]
         twin.step(it, z, diffs, epoch)
         assert (width.bits, width.next_step) == (twin.n, twin.next), it
-        state = width.state_dict()
-        width = AdaptiveWidth(width.rule, 8)
-        width.load_state_dict(state)
+        width = AdaptiveWidth.from_state_dict(width.state_dict(), 8)
     assert 5 < adjusted < 140
     assert twin.n > 8 or mode == 2
 

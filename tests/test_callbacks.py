@@ -130,17 +130,46 @@ def test_the_arguments_of_the_rules_are_checked():
     assert AdaptiveBitWidth(operands=["g"]).rule == BitWidthRule(operands=("g",))
 
 
-def test_a_run_resumed_without_the_callback_is_steered_as_before(make_trainer, tmp_path):
+@pytest.mark.parametrize("recipe", ["default", "unified", "fixed_point"])
+def test_a_run_resumed_without_the_callback_is_steered_as_before(recipe, make_trainer, tmp_path):
+    """Whether or not the recipe has rules of its own."""
     save = ModelCheckpoint(dirpath=tmp_path, filename="last", every_n_train_steps=3)
     steered = [DeviationCounteractiveLR(alpha=1e12, beta=0.25), AdaptiveBitWidth(threshold=0.0, max_bits=16)]
-    fit(make_trainer, *steered, save, enable_checkpointing=True, max_steps=3)
-    plugin = Int8Precision(refresh=EVERY)
+    fit(make_trainer, *steered, save, recipe=recipe, enable_checkpointing=True, max_steps=3)
+    plugin = Int8Precision(recipe, refresh=EVERY)
     trainer = make_trainer(plugin, max_steps=4)
     model = Digits()
     trainer.fit(model, ckpt_path=tmp_path / "last.ckpt")
     trainer.test(model, verbose=False)
-    assert {layer.factor for layer in plugin.layers} == {0.25}
-    assert {o.bits for layer in plugin.layers for o in layer.distinct_operands() if o.clip_value is not None} == {16}
+    layers = [layer for layer in plugin.layers if not layer.kept_float]
+    assert {layer.factor for layer in layers} == {0.25}
+    operands = [o for layer in layers for o in layer.distinct_operands()]
+    # The pixels are multiples of 1/16: on a power-of-two grid they have no error at all.
+    assert {o.bits for o in operands if o.tensor != "x" and o.clip_value is not None} == {16}
+
+
+def test_a_callback_of_the_resumed_run_has_the_last_word(make_trainer, tmp_path):
+    save = ModelCheckpoint(dirpath=tmp_path, filename="last", every_n_train_steps=3)
+    fit(make_trainer, DeviationCounteractiveLR(alpha=1e12, beta=0.25), save, enable_checkpointing=True, max_steps=3)
+    plugin = Int8Precision(refresh=EVERY)
+    trainer = make_trainer(plugin, callbacks=[DeviationCounteractiveLR(alpha=1e12, beta=0.5)], max_steps=4)
+    trainer.fit(Digits(), ckpt_path=tmp_path / "last.ckpt")
+    assert {layer.factor for layer in plugin.layers} == {0.5}
+
+
+def test_a_state_from_before_the_first_step_takes_all_decisions_back(make_trainer):
+    """As the learning-rate finder does when it is done."""
+    plugin, model = Int8Precision("unified"), Digits()
+    steering = [DeviationCounteractiveLR(alpha=1e12, beta=0.25), AdaptiveBitWidth(threshold=0.0, max_bits=16)]
+    trainer = make_trainer(plugin, callbacks=steering, max_steps=4)
+    trainer.validate(model, verbose=False)
+    untrained = plugin.state_dict()
+    trainer.fit(model)
+    assert min(layer.factor for layer in plugin.layers) == 0.25
+    plugin.load_state_dict(untrained)
+    assert [layer.factor for layer in plugin.layers] == [1.0, 1.0, 1.0]
+    assert not any(layer.kept_float for layer in plugin.layers)
+    assert {o.bits for layer in plugin.layers for o in layer.distinct_operands()} == {8}
 
 
 def test_callbacks_of_both_host_packages():
