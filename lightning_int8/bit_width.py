@@ -38,9 +38,9 @@ class AdaptiveWidth:
         self._averaged_step = 0
         self._resolution = 0.0  # s: log2 resolution since the last adjustment
 
-    def last_due(self, step: int) -> int:
-        """The last step up to ``step`` that measures; -1 if none is due."""
-        return step if step >= self.next_step else -1
+    def is_due(self, step: int) -> bool:
+        """Whether ``step`` adjusts."""
+        return step >= self.next_step
 
     def measured(self, candidates: Tensor, errors: Tensor) -> None:
         """Note a measurement; several in one step (micro-batches, shared layers) count by their largest values."""

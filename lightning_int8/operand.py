@@ -100,7 +100,8 @@ class Operand:
             return self.clip_value
         again = self._refreshed == self._clock.steps
         previous = self._before_refresh if again else self.clip_value
-        widths = (self.bits,) if self.width is None else WIDTHS
+        adjusts = update and self.width is not None and self.width.is_due(self._clock.steps)
+        widths = WIDTHS if adjusts else (self.bits,)
         candidates = [self._measure(x, previous, bits) for bits in widths]
         measured = candidates[widths.index(self.bits)]
         if again and self.tensor != "w" and update:
@@ -112,7 +113,7 @@ class Operand:
         if update and bool(torch.isfinite(measured).all() & (measured > 0).any()):
             self._before_refresh, self.clip_value = previous, measured
             self._refreshed = self._clock.steps
-            if self.width is not None or self.tracks_distance:
+            if adjusts or self.tracks_distance:
                 self._note_error(x, candidates, widths, backend, again)
         return measured
 
@@ -120,7 +121,7 @@ class Operand:
         self, x: Tensor, candidates: list[Tensor], widths: tuple[int, ...], backend: Backend, again: bool
     ) -> None:
         error = backend.quantization_error(x, candidates, widths, self.spec.affine, self.axis)
-        if self.width is not None:
+        if self.width is not None and widths == WIDTHS:
             self.width.measured(torch.stack(candidates), error.magnitude_shift)
         if self.tracks_distance:
             distance = error.cosine_distance[widths.index(self.bits)]
@@ -134,14 +135,23 @@ class Operand:
             # recomputation, which runs inside the backward pass and must find the same range.
             return torch._C._current_graph_task_id() == -1
         steps = self._clock.steps
-        due = self._clock.last_due(self.spec.range.every, steps) if self.width is None else self.width.last_due(steps)
-        return update and (self._refreshed < due or self._refreshed == steps)
+        if not update or self._refreshed == steps:
+            return update
+        if self.width is not None and self.width.is_due(steps):
+            return True
+        return self._keeps_interval and self._refreshed < self._clock.last_due(self.spec.range.every, steps)
+
+    @property
+    def _keeps_interval(self) -> bool:
+        """Whether ranges are refreshed at an interval: the rule's own, or the conversion's unless the width adapts."""
+        return self.width is None or self.spec.range.every is not None
 
     def refreshes_within(self, step: int, late: range) -> bool:
         """Whether ``step`` may have refreshed the clip value, at most so ``late``; the same on every rank."""
-        if self.width is not None:
-            return step >= self.width.next_step
-        return step - self._clock.last_due(self.spec.range.every, step) in late
+        if self.width is not None and self.width.is_due(step):
+            return True
+        at_interval = self._keeps_interval and self.tensor != "w"  # weights are the same on all ranks
+        return at_interval and step - self._clock.last_due(self.spec.range.every, step) in late
 
     def _measure(self, x: Tensor, previous: Tensor | None, bits: int) -> Tensor:
         rule = self.spec.range

@@ -40,7 +40,7 @@ class BitWidthRule:
 
     At an adjustment the width grows by 8 bits while ``Diff = log2(|mean|x| - mean|quantized x|| / mean|x| + 1)``
     exceeds the threshold; then the next adjustment is scheduled: the sooner, the larger the error and the drift of the
-    resolution.
+    resolution. A range rule without an interval of its own (``every``) measures at adjustments only.
 
     Attributes:
         threshold: Largest tolerated Diff.

@@ -1,5 +1,6 @@
 """Adaptive bit-widths: worked values of the rule, the schedule against a step-by-step twin, widths in training."""
 
+import itertools
 import math
 
 import numpy as np
@@ -8,9 +9,10 @@ import torch
 from conftest import BATCHES, Digits
 from torch import nn
 
-from lightning_int8 import Int8Precision, convert, gemm_counts, recipes
+from lightning_int8 import ContractionSpec, Int8Precision, OperandSpec, Recipe, convert, gemm_counts, recipes
 from lightning_int8.bit_width import AdaptiveWidth
 from lightning_int8.policies import WIDTHS, BitWidthRule
+from lightning_int8.ranges.absmax import Rule as AbsMax
 from lightning_int8.rewrite import conversion_of, layer_states
 
 EPOCH = 313
@@ -213,6 +215,30 @@ def test_a_wide_gradient_is_a_better_gradient():
             optimizer.step()
         errors[recipe] = float((layer[0].weight.grad.double() - truth).norm() / truth.norm())
     assert errors["fixed_point"] < 0.3 * errors["default"]
+
+
+@pytest.mark.parametrize(("every", "refreshes"), [(1, 1), (4, 4), (None, 30)])
+def test_a_range_rule_keeps_its_own_interval_where_the_width_adapts(every, refreshes):
+    """Without one of its own the range is measured at adjustments alone; weights adjust no more often than the rest."""
+    operand = OperandSpec(range=AbsMax(every=every))
+    both = ContractionSpec(lhs=operand, rhs=operand)
+    rule = BitWidthRule(epoch_steps=30)
+    layer = nn.Sequential(nn.Linear(8, 4))
+    convert(layer, Recipe(name="mine", output=both, grad_input=both, grad_weight=both, bit_width=rule))
+    optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+    x, g = torch.rand(64, 8) + 0.5, torch.rand(64, 4) + 0.5
+    operands = {o.tensor: o for o in layer_states(layer)[0].distinct_operands()}
+    found = {tensor: [] for tensor in operands}
+    for step in range(90):
+        scheduled = {tensor: o.width.next_step for tensor, o in operands.items()}
+        layer(x * (1 + step)).backward(g * (1 + step))
+        optimizer.step()
+        for tensor, o in operands.items():
+            assert (o.width.next_step != scheduled[tensor]) == (step >= scheduled[tensor]), "adjusted when scheduled"
+            if o.clip_value == (x.max() if tensor == "x" else g.max()) * (1 + step):
+                found[tensor].append(step)
+    for tensor in ("x", "g"):
+        assert max(b - a for a, b in itertools.pairwise(found[tensor])) == refreshes, tensor
 
 
 class ByHand(Digits):

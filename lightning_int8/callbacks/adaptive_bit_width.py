@@ -16,7 +16,8 @@ class AdaptiveBitWidth(PluginCallback):
     """Widths of 8, 16 or 24 bits per layer and operand by measured error (Zhang et al. 2020), with any recipe.
 
     A wide operand is two or three INT8 planes: every contraction still runs on INT8 products. The plugin decides and
-    remembers; checkpoints carry the widths.
+    remembers; checkpoints carry the widths. Range rules with an interval of their own (``every``) keep it; the others
+    measure at adjustments, not at the plugin's ``refresh``.
 
     Args:
         threshold: Largest tolerated ``Diff``, the log2 shift of the mean magnitude.
