@@ -45,8 +45,9 @@ def backend_for(tensor: Tensor, choice: str) -> Backend:
     if tensor.device.type == "cpu":
         return _cpu()
     raise RuntimeError(
-        f"no INT8 backend of this version computes on device {str(tensor.device)!r}; "
-        "train on the CPU, or pass backend='reference' for slow, exact arithmetic on any device"
+        f"no INT8 backend of this version is proven on device {str(tensor.device)!r}; "
+        "train on the CPU, pass backend='reference' for slow, exact arithmetic on any device, or, on an NVIDIA GPU, "
+        "backend='cupy' to try kernels that have run on an emulated machine only"
     )
 
 
