@@ -11,7 +11,7 @@ from lightning_int8.kernels.quantize import quantize
 from lightning_int8.kernels.reductions import BINS_PER_OCTAVE, OCTAVES, SUMS, absmax, error_sums, histogram
 
 from lightning_int8 import numerics
-from lightning_int8.numerics import BITS
+from lightning_int8.policies import WIDTHS
 from lightning_int8.spec import OperandSpec
 
 pytestmark = needs_compiler
@@ -68,7 +68,7 @@ def test_histogram_counts_every_finite_magnitude_once(data, x):
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.data(), tensors(special=(None,)), st.sampled_from([None, 0, -1]), st.booleans(), st.sampled_from(BITS))
+@given(st.data(), tensors(special=(None,)), st.sampled_from([None, 0, -1]), st.booleans(), st.sampled_from(WIDTHS))
 def test_error_sums(data, x, axis, affine, bits):
     device = devices(data.draw)
     clip_value = absmax(device, x, axis, sides=affine) * 0.7
