@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 WIDTHS = (8, 16, 24)
@@ -63,7 +63,7 @@ class BitWidthRule:
     gamma: float = 2.0
     delta: float = 100.0
     epoch_steps: int | None = None
-    operands: tuple[str, ...] = ("x", "w", "g")
+    operands: Sequence[str] = ("x", "w", "g")
 
     def __post_init__(self) -> None:
         for field in ("threshold", "beta", "gamma", "delta"):
@@ -73,8 +73,11 @@ class BitWidthRule:
             raise ValueError(f"mode: {self.mode!r} is not 1 or 2")
         if self.max_bits not in WIDTHS:
             raise ValueError(f"max_bits: {self.max_bits!r} is not one of {', '.join(map(str, WIDTHS))}")
-        if self.epoch_steps is not None and (not isinstance(self.epoch_steps, int) or self.epoch_steps < 1):
+        steps = self.epoch_steps
+        if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 1):
             raise ValueError(f"epoch_steps: {self.epoch_steps!r} is not a positive number of optimizer steps, nor None")
+        if isinstance(self.operands, str) or not isinstance(self.operands, Iterable):
+            raise ValueError(f"operands: {self.operands!r} is not a sequence of 'x', 'w', 'g'")
         object.__setattr__(self, "operands", tuple(self.operands))  # YAML gives a list
         if not self.operands or not set(self.operands) <= {"x", "w", "g"}:
             raise ValueError(f"operands: {self.operands!r} is not a selection of 'x', 'w', 'g'")
@@ -115,5 +118,6 @@ DEFAULT_EPOCH_STEPS = 1000
 
 
 def _check(field: str, value: float, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-        raise ValueError(f"{field}: {value!r} is not a number from {low:g} to {high:g}")
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not low <= value <= high:
+        raise ValueError(f"{field}: {value!r} is not a finite number from {low:g} to {high:g}")

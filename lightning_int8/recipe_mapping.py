@@ -20,6 +20,10 @@ _NESTED: dict[str, type] = {
 }
 
 
+OF_THE_MODEL = ("name", "keep_float", "optimizer", "overrides")
+"""Fields that say something about the whole model: no layer overrides them."""
+
+
 def recipe_from_mapping(data: Any, base: Recipe | None = None) -> Recipe:
     """Build a recipe from nested mappings.
 
@@ -40,6 +44,10 @@ def recipe_from_mapping(data: Any, base: Recipe | None = None) -> Recipe:
     if not isinstance(overrides, Mapping):
         raise ValueError(f"recipe.overrides: {overrides!r} is not a mapping of globs to fields")
     recipe = _build(Recipe, fields, "recipe", base)
+    for glob, part in overrides.items():
+        for field in OF_THE_MODEL:
+            if isinstance(part, Mapping) and field in part:
+                raise ValueError(f"recipe.overrides.{glob}: field {field!r} is the whole model's and has no override")
     plain = dataclasses.replace(recipe, overrides=())
     made = [(str(glob), _build(Recipe, part, f"recipe.overrides.{glob}", plain)) for glob, part in overrides.items()]
     return dataclasses.replace(recipe, overrides=(*recipe.overrides, *made))

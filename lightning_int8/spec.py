@@ -13,7 +13,7 @@ and names the operand.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -153,7 +153,12 @@ class Recipe:
 
     def _check_model_fields(self) -> None:
         try:
+            for field_name in ("name", "optimizer"):
+                if not isinstance(getattr(self, field_name), str):
+                    raise ValueError(f"{field_name}: {getattr(self, field_name)!r} is not a string")
             _one_of("norm", self.norm, NORMS)
+            if isinstance(self.keep_float, str) or not isinstance(self.keep_float, Iterable):
+                raise ValueError(f"keep_float: {self.keep_float!r} is not a sequence of 'first' and 'last'")
             object.__setattr__(self, "keep_float", tuple(self.keep_float))  # YAML gives a list
             for position in self.keep_float:
                 _one_of("keep_float", position, KEEP_FLOAT)

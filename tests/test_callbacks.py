@@ -123,7 +123,7 @@ def test_bad_arguments_are_refused(callback):
 
 
 def test_the_arguments_of_the_rules_are_checked():
-    with pytest.raises(ValueError, match=r"^beta: 2\.0 is not a number from 0 to 1"):
+    with pytest.raises(ValueError, match=r"^beta: 2\.0 is not a finite number from 0 to 1"):
         DeviationCounteractiveLR(beta=2.0)
     with pytest.raises(ValueError, match=r"^mode: 0 is not 1 or 2"):
         AdaptiveBitWidth(mode=0)

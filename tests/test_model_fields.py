@@ -233,6 +233,16 @@ grad_weight: {lhs: {bits: 16}, rhs: {range: {integer_bits: 3}}}
     assert recipes.get(path) == wageubn.make(error_bits=16, activation_bits=3)
 
 
+def test_a_base_is_looked_for_beside_the_file(tmp_path):
+    (tmp_path / "recipes" / "shared").mkdir(parents=True)
+    (tmp_path / "recipes" / "shared" / "above.yaml").write_text("base: unified\nkeep_float: [last]")
+    path = tmp_path / "recipes" / "mine.yaml"
+    path.write_text("base: shared/above.yaml\nnorm: range")
+    recipe = recipes.get(path)
+    assert (recipe.name, recipe.keep_float, recipe.norm) == ("mine", ("last",), "range")
+    assert recipe.learning_rate == recipes.get("unified").learning_rate
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -241,8 +251,21 @@ grad_weight: {lhs: {bits: 16}, rhs: {range: {integer_bits: 3}}}
         ("base: default\noverrides: {a: {bits: 8}}", r"recipe\.overrides\.a: field 'bits' is not one of name, output"),
         (
             "base: default\nlearning_rate: {alpha: -1}",
-            r"recipe\.learning_rate: alpha: -1 is not a number from 0 to inf",
+            r"recipe\.learning_rate: alpha: -1 is not a finite number from 0 to inf",
         ),
+        ("base: default\nlearning_rate: {alpha: .inf}", r"recipe\.learning_rate: alpha: inf is not a finite number"),
+        ("base: default\nbit_width: {operands: xg}", r"recipe\.bit_width: operands: 'xg' is not a sequence of 'x'"),
+        ("base: default\nbit_width: {operands: 5}", r"recipe\.bit_width: operands: 5 is not a sequence of 'x'"),
+        ("base: default\nbit_width: {epoch_steps: true}", r"epoch_steps: True is not a positive number"),
+        ("base: default\nkeep_float: first", r"keep_float: 'first' is not a sequence of 'first' and 'last'"),
+        ("base: default\nkeep_float: 5", r"keep_float: 5 is not a sequence of 'first' and 'last'"),
+        ("base: default\nname: 5", r"name: 5 is not a string"),
+        ("base: default\noptimizer: [SGD]", r"optimizer: \['SGD'\] is not a string"),
+        (
+            "base: unified\noverrides: {head: {keep_float: [first]}}",
+            r"recipe\.overrides\.head: field 'keep_float' is the whole model's and has no override",
+        ),
+        ("base: bad.yaml", r"bad\.yaml': base: the file is its own base"),
         ("base: default\nbit_width: {mode: 5}", r"recipe\.bit_width: mode: 5 is not 1 or 2"),
         ("base: default\ngrad_input: {lhs: {per: channel}}", r"grad_input\.lhs\.per: 'channel' is not possible"),
     ],

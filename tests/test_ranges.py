@@ -210,6 +210,7 @@ def test_magnitude_aware_clip_averages_only_what_is_not_gaussian():
         ("magnitude_aware_clip", {"threshold": 1.0}, r"threshold: 1.0 is not in \[0, 1\)"),
         ("magnitude_aware_clip", {"slope": 0.0}, r"slope: 0.0 is not in \(0, 1\]"),
         ("magnitude_aware_clip", {"ratio": 2.0}, r"ratio: 2.0 times slope 0.8 is not in \[0, 1\]"),
+        ("magnitude_aware_clip", {"slope": "x"}, "slope: 'x' is not a number"),
         ("sample_average", {"decay": 1.0}, r"decay: 1.0 is not in \[0, 1\)"),
     ],
 )

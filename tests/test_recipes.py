@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_int8 import ContractionSpec, OperandSpec, Recipe, convert, gemm_counts, ranges, recipes
 from lightning_int8.policies import BitWidthRule, DeviationFactor
-from lightning_int8.recipe_mapping import recipe_from_mapping
+from lightning_int8.recipe_mapping import OF_THE_MODEL, recipe_from_mapping
 from lightning_int8.report import current
 from lightning_int8.rewrite import conversion_of
 from lightning_int8.spec import CHANNEL_AXIS, CONTRACTIONS, NORMS, OPERANDS, reduction_limit
@@ -31,7 +31,7 @@ def to_mapping(value):
     fields = {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Recipe):
         parts = {glob: to_mapping(part) for glob, part in value.overrides}
-        fields["overrides"] = {glob: {k: v for k, v in m.items() if k != "overrides"} for glob, m in parts.items()}
+        fields["overrides"] = {glob: {k: v for k, v in m.items() if k not in OF_THE_MODEL} for glob, m in parts.items()}
     module = type(value).__module__
     return {"name": module.rpartition(".")[2], **fields} if module.startswith(ranges.__name__) else fields
 
@@ -130,7 +130,7 @@ def any_recipe(draw):
         "bit_width": draw(st.none() | st.builds(BitWidthRule, mode=st.sampled_from([1, 2]))),
     }
     recipe = Recipe(name=draw(st.text("abc_", min_size=1)), **parts, **rest)
-    plain = Recipe(name=recipe.name, grad_weight=parts["grad_weight"])
+    plain = Recipe(name=recipe.name, keep_float=recipe.keep_float, grad_weight=parts["grad_weight"])
     overrides = draw(st.sampled_from([(), (("head", plain),), (("*.dw", plain), ("head", plain))]))
     return dataclasses.replace(recipe, overrides=overrides)
 

@@ -48,7 +48,7 @@ class AdaptiveBitWidth(PluginCallback):
     ) -> None:
         super().__init__(log_every_n_steps)
         self.rule = BitWidthRule(
-            threshold=threshold, mode=mode, max_bits=max_bits, operands=tuple(operands), epoch_steps=epoch_steps
+            threshold=threshold, mode=mode, max_bits=max_bits, operands=operands, epoch_steps=epoch_steps
         )
 
     def configure(self, plugin: Int8Precision) -> None:

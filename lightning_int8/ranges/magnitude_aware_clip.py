@@ -34,6 +34,9 @@ class Rule:
     def __post_init__(self) -> None:
         check_every(self.every)
         check_fraction("threshold", self.threshold)
+        for field in ("slope", "ratio"):
+            if not isinstance(getattr(self, field), int | float):
+                raise ValueError(f"{field}: {getattr(self, field)!r} is not a number")
         if not 0.0 < self.slope <= 1.0:
             raise ValueError(f"slope: {self.slope!r} is not in (0, 1]")
         if not 0.0 <= self.ratio * self.slope <= 1.0:

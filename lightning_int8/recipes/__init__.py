@@ -20,6 +20,8 @@ def names() -> list[str]:
 def get(recipe: str | Path | Recipe) -> Recipe:
     """Return a recipe by its name, by the path of a YAML file, or as given.
 
+    A file may name another as its ``base``, by a path that starts from its own folder.
+
     Raises:
         ValueError: Neither; the message lists the names there are, or gives the field of the file that is wrong.
     """
@@ -31,16 +33,21 @@ def get(recipe: str | Path | Recipe) -> Recipe:
         return importlib.import_module(f"{__name__}.{recipe}").RECIPE
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
-        return _read(path)
+        return _read(path, ())
     raise ValueError(f"recipe: {str(recipe)!r} is not one of {', '.join(names())}, nor a path to a .yaml file")
 
 
-def _read(path: Path) -> Recipe:
+def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
+    """The recipe of a file that is the base of ``above``."""
     try:
+        if path.resolve() in above:
+            raise ValueError("base: the file is its own base, directly or through others")
         data = yaml.safe_load(path.read_text())
         if not isinstance(data, dict):
             return recipe_from_mapping(data)
         base = data.pop("base", None)
+        if isinstance(base, str) and base.endswith((".yaml", ".yml")):
+            base = _read(path.parent / base, (*above, path.resolve()))
         return recipe_from_mapping({"name": path.stem, **data}, None if base is None else get(base))
     except OSError as error:
         raise ValueError(f"recipe: cannot read {str(path)!r}: {error.strerror}") from error
