@@ -8,6 +8,7 @@ from conftest import BATCHES, Digits, same, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
 
 from lightning_int8 import Int8Precision, recipes
 from lightning_int8.callbacks import AdaptiveBitWidth, DeviationCounteractiveLR, QuantizationMonitor
@@ -96,6 +97,49 @@ def test_the_monitor_measures_every_operand_at_its_interval(make_trainer):
         assert all(math.isfinite(value) for value in record.values())
     assert 0 < records[0][1]["quantization/net.4/output.lhs/cosine_distance"] < 1e-2
     assert records[0][1]["quantization/net.4/output.rhs/saturation"] == 0.0
+
+
+class Alternating(Digits):
+    """Two optimizers that step once each in every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net[:4], self.net[4:])]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, [2, 4, 6, 8, 10, 12]), (2, [2, 4, 6, 8, 10, 12]), (4, [2, 6, 10])])
+def test_records_come_where_a_batch_brings_two_steps(every, steps, make_trainer):
+    callback, logger = QuantizationMonitor(log_every_n_steps=every), Recording()
+    make_trainer(Int8Precision(), callbacks=[callback], logger=logger, limit_val_batches=0).fit(Alternating())
+    assert [step for step, record in logger.records if "epoch" not in record] == steps
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_second_fit_and_accumulated_gradients_log_each_interval_once(accumulate, make_trainer):
+    callback, logger = QuantizationMonitor(log_every_n_steps=2), Recording()
+    arguments = {"accumulate_grad_batches": accumulate, "log_every_n_steps": 10**6}
+    trainer = make_trainer(Int8Precision(), callbacks=[callback], logger=logger, limit_val_batches=0, **arguments)
+    trainer.fit(model := Digits())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model)
+    found = [step for step, record in logger.records if any(name.startswith("quantization/") for name in record)]
+    assert found == list(range(1, 2 * BATCHES // accumulate + 1, 2))
+
+
+def test_layers_that_stay_float_are_not_logged(make_trainer):
+    for callback in (QuantizationMonitor(EVERY), DeviationCounteractiveLR(log_every_n_steps=EVERY), AdaptiveBitWidth()):
+        _, _, records = fit(make_trainer, callback, recipe="unified")
+        assert records
+        assert all("net.4" in name for _, record in records for name in record)
 
 
 def test_the_monitor_changes_nothing(make_trainer):

@@ -28,11 +28,11 @@ class PluginCallback(Callback, *twin("pytorch_lightning", "callbacks", "Callback
     """
 
     def __init__(self, log_every_n_steps: int) -> None:
-        if not isinstance(log_every_n_steps, int) or log_every_n_steps < 1:
+        if not isinstance(log_every_n_steps, int) or isinstance(log_every_n_steps, bool) or log_every_n_steps < 1:
             raise ValueError(f"log_every_n_steps: {log_every_n_steps!r} is not a positive number of optimizer steps")
         self.log_every_n_steps = log_every_n_steps
         self.logged: dict[str, float] = {}
-        self._logged_step = 0
+        self._intervals = 0
 
     def configure(self, plugin: Int8Precision) -> None:
         """Hand the arguments over."""
@@ -54,22 +54,33 @@ class PluginCallback(Callback, *twin("pytorch_lightning", "callbacks", "Callback
                 f"{type(self).__name__} steers the plugin Int8Precision, but the Trainer's is {type(plugin).__name__}; "
                 "pass Trainer(plugins=[Int8Precision()])"
             )
-        self._logged_step = 0
         self.configure(plugin)
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin to count intervals, at the step where a resumed run goes on."""
+        self._intervals = self._begun(trainer.precision_plugin.steps)
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any, **kwargs: Any) -> None:
-        """Log after the first step of each interval, which is the one that was measured."""
+        """Log after the first step of each interval, which is the one that was measured.
+
+        A batch may bring several steps, or none. Layers that stay float have nothing to log.
+        """
         plugin: Int8Precision = trainer.precision_plugin
-        step = plugin.steps
-        if step == self._logged_step or (step - 1) % self.log_every_n_steps:
+        begun = self._begun(plugin.steps)
+        if begun == self._intervals:
             return
-        self._logged_step = step
+        self._intervals = begun
         values: dict[str, float | Tensor] = {}
         for layer in plugin.layers:
-            values |= self.values(layer)
+            if not layer.kept_float:
+                values |= self.values(layer)
         self.logged = mean_over_ranks(values, pl_module.device)
         for logger in trainer.loggers:
             logger.log_metrics(self.logged, step=trainer.global_step)
+
+    def _begun(self, steps: int) -> int:
+        """Number of intervals whose first step is among the first ``steps``."""
+        return -(-steps // self.log_every_n_steps)
 
 
 def mean_over_ranks(values: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
