@@ -72,7 +72,8 @@ def check(state: Any, recipe: Recipe, states: Sequence[LayerState]) -> None:
             raise ValueError(f"INT8 plugin state: field {field!r} is missing: the state is truncated")
     for field, value in (("recipe", recipe.name), ("numerics", repr(recipe))):
         if state[field] != value:
-            raise ValueError(f"INT8 plugin state: {field}: {state[field]!r} was saved, {value!r} is in use")
+            there, here = _around_difference(str(state[field]), value)
+            raise ValueError(f"INT8 plugin state: {field}: {there!r} was saved, {here!r} is in use")
     steps, loss_scale, layers, steering = (state[f] for f in ("steps", "loss_scale", "layers", "steering"))
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"INT8 plugin state: steps: {steps!r} does not fit")
@@ -97,6 +98,13 @@ def check(state: Any, recipe: Recipe, states: Sequence[LayerState]) -> None:
         for field, fits, value in _operand_fields(layers[layer][slot], operand):
             if not fits:
                 raise ValueError(f"INT8 plugin state: layer {layer!r}, slot {slot!r}: {field}: {value!r} does not fit")
+
+
+def _around_difference(a: str, b: str, context: int = 60) -> tuple[str, str]:
+    """The parts of two texts around the first character that differs: recipes are long."""
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    first = max(0, same - context)
+    return a[first : same + context], b[first : same + context]
 
 
 def _check_steering(layer: str, entry: Any) -> None:

@@ -175,6 +175,9 @@ class Operand:
         """Follow a tensor that is ``ratio`` times as large from now on, as gradients when the loss scale changes."""
         if self.clip_value is not None:
             self.clip_value = self.clip_value * ratio
+        if self._before_refresh is not None:
+            # A step that the scaler skips is taken again, and averages with what was before it.
+            self._before_refresh = self._before_refresh * ratio
         if self.width is not None:
             self.width.rescale(ratio)
 

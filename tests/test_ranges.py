@@ -198,6 +198,8 @@ def test_magnitude_aware_clip_averages_only_what_is_not_gaussian():
     # P(|g| > sigma): Gaussian 0.317 > 0.3, Laplace 0.243, and nothing lies beyond the sigma of a dead channel.
     expected = [largest[0], 0.2 * 10 + 0.8 * largest[1], 0.2 * 10]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+    waking = rule.clip_value(x, -1, torch.tensor([10.0, 0.0, 10.0]), 8)
+    assert waking[1] == largest[1], "nothing to average with"
     off = ranges.make("magnitude_aware_clip", threshold=0.1).clip_value(x, -1, previous, 8)
     assert off[1] == largest[1]
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from lightning_int8 import convert
+from lightning_int8 import ContractionSpec, OperandSpec, Recipe, convert
+from lightning_int8.ranges.ema_absmax import Rule as EmaAbsMax
 from lightning_int8.rewrite import conversion_of, layer_states
 
 
@@ -42,6 +43,24 @@ def operand_states(model):
 
 
 # --- noise -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_taken_again_at_another_loss_scale_averages_with_the_range_at_that_scale():
+    """As after an overflow under a gradient scaler: the same step, with gradients half as large."""
+    clip_values = []
+    for scales in ((4.0, 2.0), (2.0,)):
+        layer, gradient = nn.Sequential(nn.Linear(4, 4)), OperandSpec(range=EmaAbsMax(every=1, decay=0.5))
+        spec = ContractionSpec(lhs=gradient, rhs=OperandSpec())
+        convert(layer, Recipe(name="mine", grad_input=spec, grad_weight=spec))
+        operand = layer_states(layer)[0].operands["grad_weight.lhs"]
+        optimizer = torch.optim.SGD(layer.parameters(), 0.0)
+        layer(torch.ones(2, 4)).backward(scales[0] * 100 * torch.ones(2, 4))
+        optimizer.step()
+        for before, scale in zip((scales[0], *scales), scales, strict=False):
+            operand.rescale(scale / before)
+            layer(torch.ones(2, 4)).backward(scale * torch.ones(2, 4))
+        clip_values.append(float(operand.clip_value))
+    assert clip_values == [2.0 * 50.5, 2.0 * 50.5]
 
 
 def test_every_micro_batch_draws_fresh_noise():

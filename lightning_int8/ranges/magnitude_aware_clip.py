@@ -16,8 +16,8 @@ class Rule:
     """Magnitude-aware clipping of Zhao et al. 2021, with its two-class test per channel (or per tensor).
 
     With m = max|x| and P = P(|x| > sigma): Gaussian class (P > threshold): clip value = m. Inverted-T class: clip value
-    = (1 - k·A) · previous + A · m; m at the first refresh. The average may exceed the present maximum, and may clip
-    hard after a spike, as published.
+    = (1 - k·A) · previous + A · m; m at the first refresh and after nothing but zeros. The average may exceed the
+    present maximum, and may clip hard after a spike, as published.
 
     Attributes:
         every: Optimizer steps between refreshes; None takes the interval of the conversion.
@@ -48,4 +48,4 @@ class Rule:
         if previous is None:
             return largest
         average = (1.0 - self.ratio * self.slope) * previous + self.slope * largest
-        return torch.where(share > self.threshold, largest, average)
+        return torch.where((share > self.threshold) | (previous == 0), largest, average)
