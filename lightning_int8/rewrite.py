@@ -113,6 +113,10 @@ def convert_with(model: nn.Module, settings: Settings) -> ConversionReport:
                 state = LayerState(row.name, module, recipe, settings.backend, clock, settings.seed)
             module.__class__ = SWAPS[type(module)]
             module.__dict__["int8_state"] = state
+            clock.order = []
+    if clock.order == []:
+        for state in layer_states(model):
+            state.kept_float = ""  # which layers run first and last is seen anew
     _disable_fused_eval(model)
     report = current(report, model)
     if earlier is None:

@@ -78,6 +78,19 @@ def test_a_step_without_data_leaves_the_order_to_the_next_one():
     assert [s.name for s in layer_states(model) if s.kept_float] == ["0", "2"]
 
 
+def test_a_new_head_takes_the_place_of_the_last_layer():
+    model = Branched()
+    recipe = dataclasses.replace(recipes.get("default"), keep_float=("first", "last"))
+    convert(model, recipe)
+    step(model, torch.optim.SGD(model.parameters(), 0.01))
+    convert(model, recipe)
+    assert {s.name for s in layer_states(model) if s.kept_float} == {"stem", "head"}, "again changes nothing"
+    model.head = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+    convert(model, recipe)
+    step(model, torch.optim.SGD(model.parameters(), 0.01))
+    assert {s.name for s in layer_states(model) if s.kept_float} == {"stem", "head.1"}
+
+
 def test_a_layer_that_stays_float_is_logged(make_trainer, monkeypatch):
     lines = []
     monkeypatch.setattr("lightning_int8.engine.rank_zero_info", lines.append)
