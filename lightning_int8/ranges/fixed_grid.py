@@ -15,7 +15,8 @@ from lightning_int8.ranges import check_every
 class Rule:
     """Scale = 2^(integer_bits - (bits - 1)), whatever the values: Q(x, k) of Yang et al. 2019 (WAGEUBN) for 0.
 
-    INT8 planes saturate at 2^integer_bits · (1 - 2^(1 - bits)), where the paper's float carrier goes on.
+    INT8 planes saturate at largest integer · scale (0.992 · 2^integer_bits at 8 bits, 0.996 at 16 and 24), where the
+    paper's float carrier goes on.
 
     Attributes:
         every: Optimizer steps between refreshes; the clip value is the same at each.

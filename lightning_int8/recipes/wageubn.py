@@ -13,6 +13,7 @@ Kept
 Departures
     - Direct quantization has no clip; in INT8 planes it saturates. Weights saturate at ±127/128 as in the authors'
       code; activations have ``activation_bits`` bits before the binary point, and the step grows as much.
+    - 16 bits are two INT8 planes, largest integer 32,639: errors saturate at 0.996 R, not at 32,767/32,768 of it.
     - The fine code of the flag format is clipped to ±127, as is E1; the authors' code reaches 128.
     - E1 is quantized behind the mask of the activation function, where the norm receives it.
     - The normalised value of the batch norm has 8 bits, as in the authors' code; the paper says 16.
