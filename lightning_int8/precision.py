@@ -206,4 +206,5 @@ class Int8Precision(MixedPrecision, *twin("pytorch_lightning", "plugins.precisio
 def _epoch_steps(trainer: Any) -> int | None:
     """Optimizer steps of an epoch, None for a loader of unknown length."""
     batches = trainer.num_training_batches
-    return max(1, batches // trainer.accumulate_grad_batches) if isinstance(batches, int) else None
+    # The last, partial accumulation of an epoch steps too.
+    return -(-batches // trainer.accumulate_grad_batches) if isinstance(batches, int) and batches else None
