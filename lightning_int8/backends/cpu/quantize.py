@@ -6,6 +6,8 @@ random words drawn, and elements rounded in loops of their own, each of which th
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numba import types
@@ -74,6 +76,7 @@ def _quantize(
     out = planes.view(len(planes), -1).numpy()
     largest = np.float32(largest_integer(spec.bits))
     rest = (largest, spec.rounding == "stochastic", spec.bits == FLAG_BITS, keys)
+    own: tuple[Any, ...]  # numbers, or arrays
     by_rows = axis == 0 and flat.numel() >= _SHORT_ROW * len(source)
     if axis is None:
         unit, block = 1, _BLOCK

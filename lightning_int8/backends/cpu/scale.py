@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def scale_into(out: Tensor, sums: Tensor, left: Tensor, right: Tensor) -> None:
     rows, channels = out.shape
     sums_flat, out_flat = sums.view(-1).numpy(), out.view(-1).numpy()
     factor = np.float32(left.item())
+    second: Any  # a number, or one for each element of a block
     if right.dim() == 0:
         second, block = np.float32(right.item()), _BLOCK
     else:
