@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from lightning_int8 import ContractionSpec, Int8Precision, OperandSpec, Recipe, convert, gemm_counts, recipes
 from lightning_int8.bit_width import AdaptiveWidth
 from lightning_int8.policies import WIDTHS, BitWidthRule
+from lightning_int8.precision import _epoch_steps
 from lightning_int8.ranges.absmax import Rule as AbsMax
 from lightning_int8.rewrite import conversion_of, layer_states
 
@@ -279,3 +281,18 @@ def test_the_rule_of_the_recipe_is_its_own():
     conversion = conversion_of(model)
     assert conversion.settings.recipe.bit_width == BitWidthRule()
     assert all(o.width is not None for s in layer_states(model) for o in s.distinct_operands())
+
+
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "steps"), [(10, 1, 10), (10, 4, 3), (8, 4, 2), (math.inf, 1, None), (0, 1, None)]
+)
+def test_the_length_of_an_epoch_is_that_of_the_trainer(batches, accumulate, steps):
+    trainer = SimpleNamespace(num_training_batches=batches, accumulate_grad_batches=accumulate)
+    assert _epoch_steps(trainer) == steps
+
+
+def test_the_plugin_tells_the_clock_how_long_an_epoch_is(make_trainer):
+    plugin = Int8Precision("fixed_point")
+    model = Digits()
+    make_trainer(plugin, accumulate_grad_batches=4).fit(model)
+    assert conversion_of(model).clock.epoch_steps == math.ceil(BATCHES / 4)
