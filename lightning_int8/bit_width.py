@@ -34,8 +34,10 @@ class AdaptiveWidth:
         self.next_step = 0
         self.candidates: Tensor | None = None
         self.errors: Tensor | None = None
-        self._average: float | None = None  # R: moving average of the log2 resolution
-        self._averaged_step = 0
+        # R, the moving average of the log2 resolution, begins at 0. Until it has come to the resolution it drifts, so
+        # that adjustments are frequent while everything is new.
+        self._average = 0.0
+        self._averaged_step = -1
         self._resolution = 0.0  # s: log2 resolution since the last adjustment
 
     def is_due(self, step: int) -> bool:
@@ -66,9 +68,8 @@ class AdaptiveWidth:
         bits = rule.width(errors, self.bits, self.least)
         index = WIDTHS.index(bits)
         resolution = log2_steps[index]
-        average = self._average_at(step)
         # The resolution moves by as many octaves as the width gains bits, and that is no drift.
-        average = resolution if average is None else average - (bits - self.bits)
+        average = self._average_at(step) - (bits - self.bits)
         drift = abs(rule.alpha * (resolution - average))
         epoch_steps = rule.epoch_steps or epoch_steps or DEFAULT_EPOCH_STEPS
         self.next_step = step + rule.interval(errors[index], drift, step, epoch_steps)
@@ -77,10 +78,8 @@ class AdaptiveWidth:
         clip_value, self.candidates, self.errors = self.candidates[index], None, None
         return clip_value
 
-    def _average_at(self, step: int) -> float | None:
+    def _average_at(self, step: int) -> float:
         """R just before ``step``: at every step in between it moved towards the unchanged resolution."""
-        if self._average is None:
-            return None
         stays = (1.0 - self.rule.alpha) ** max(0, step - 1 - self._averaged_step)
         return self._resolution + stays * (self._average - self._resolution)
 
@@ -88,13 +87,13 @@ class AdaptiveWidth:
         """Follow a tensor that is from now on ``ratio`` times as large: its resolution did not drift."""
         if self.candidates is not None:
             self.candidates = self.candidates * ratio
-        self._resolution += math.log2(ratio)
-        if self._average is not None:
+        if self._averaged_step >= 0:
+            self._resolution += math.log2(ratio)
             self._average += math.log2(ratio)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs, in primitives; call it between steps, when all is settled."""
-        average = None if self._average is None else [self._average, float(self._averaged_step), self._resolution]
+        average = [self._average, float(self._averaged_step), self._resolution]
         rule = asdict(self.rule)
         return {"rule": rule, "bits": self.bits, "next_step": self.next_step, "average": average}
 
@@ -103,7 +102,6 @@ class AdaptiveWidth:
         """Inverse of ``state_dict``; ``least`` is the width that the recipe gives."""
         width = cls(BitWidthRule(**state["rule"]), least)
         width.bits, width.next_step = state["bits"], state["next_step"]
-        if state["average"] is not None:
-            width._average, averaged, width._resolution = state["average"]
-            width._averaged_step = int(averaged)
+        width._average, averaged, width._resolution = state["average"]
+        width._averaged_step = int(averaged)
         return width

@@ -140,7 +140,8 @@ def _is_width(value: Any) -> bool:
         return (
             value["bits"] in WIDTHS
             and isinstance(value["next_step"], int)
-            and (average is None or (len(average) == 3 and all(isinstance(v, float) for v in average)))
+            and len(average) == 3
+            and all(isinstance(v, float) for v in average)
         )
     except (KeyError, TypeError, ValueError):
         return False

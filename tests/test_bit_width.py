@@ -78,7 +78,7 @@ class Twin:
     """Quantization parameter adjustment as methods.md 5b prints it: the moving average moves at every step."""
 
     def __init__(self, mode):
-        self.n, self.next, self.r, self.s, self.mode = 8, 0, None, None, mode
+        self.n, self.next, self.r, self.s, self.mode = 8, 0, 0.0, 0.0, mode
 
     def step(self, it, z, diffs, epoch):
         if it < self.next:
@@ -88,7 +88,7 @@ class Twin:
         while diffs[n] > 0.03 and n < 24:
             n += 8
         s = math.ceil(math.log2(z / {8: 127, 16: 32639, 24: 8355711}[n]))
-        r = s if self.r is None else self.r - (n - self.n)
+        r = self.r - (n - self.n)
         if it < epoch / 100:
             self.next = it + 1
         elif it >= epoch:

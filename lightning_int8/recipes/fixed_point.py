@@ -12,6 +12,8 @@ Departures
       symmetric.
     - A new width takes effect at the step after the one that measured it.
     - An operand without any nonzero value waits for one, where the third-party code sets its exponent to -12.
+    - The moving average of the log2 resolution begins at 0, which the sources leave open: until it has come near,
+      adjustments are frequent.
     - The length of an epoch, which bounds the interval, is the Trainer's.
 """
 
