@@ -40,11 +40,13 @@ class Nvrtc:
         path: ``libnvrtc.so``.
 
     Attributes:
+        path: The library.
         version: (major, minor).
         architectures: Numbers that it compiles for, such as 80.
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         # The library opens its built-ins by bare name, which fails from a virtual environment unless they are mapped.
         self._builtins = [ctypes.CDLL(str(p)) for p in sorted(path.parent.glob("libnvrtc-builtins.so.*"))]
         self._library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from lightning_int8.version import __version__
 
 COMMANDS = {
+    "doctor": "show what is here, what will compute on each device and why, and what to install",
     "kernels": "compile every CUDA kernel, with no GPU, and show registers, spills and INT8 instructions",
     "train": "train a small network on real images, or your own module and data with --config",
 }
