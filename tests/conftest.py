@@ -4,6 +4,7 @@ import torchvision_without_ops  # noqa: F401 - first, since lightning imports to
 
 # isort: split
 
+import machines
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -103,6 +104,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(params=machines.PARAMETERS, scope="module")
+def machine(request):
+    """A machine that runs the CUDA kernels, see `machines`."""
+    return machines.make_machine(request.param)
 
 
 @pytest.fixture

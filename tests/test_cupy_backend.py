@@ -1,76 +1,81 @@
-"""The CuPy backend, launchers included, on the emulated machine: the contract, and whole layers."""
+"""The CuPy backend, launchers included, on each machine: the contract, and whole layers."""
 
 import copy
 import sys
 
 import pytest
 import torch
-from emulator.device import EmulatedDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import needs_compiler, random_plane
+from kernel_cases import random_plane
 from lightning_int8.kernels import cuda_device
-from test_conformance import cases, check, conv_layers, geometries
+from machines import moved
+from test_conformance import PLANE_SUM_ULPS, cases, conv_layers, geometries, max_plane_product
 
 from lightning_int8 import backends, convert, gemm_counts
-from lightning_int8.backends.cupy import CuPy
+from lightning_int8.backends import Counts
+from lightning_int8.backends.base import plane_pairs
 from lightning_int8.geometry import ConvGeometry
+from lightning_int8.numerics import Quantized
 
-pytestmark = needs_compiler
 
-
-@pytest.fixture(params=["sm_61", "sm_75", "sm_80"], scope="module")
-def backend(request):
-    device = EmulatedDevice(request.param)
-    made = CuPy(lambda tensor: device)
-    made.device = device
-    return made
+def check(machine, contraction, geometry, a, b):
+    fast, truth = machine.backend, backends.load("reference")
+    on_device = [moved(q, machine.place) for q in (a, b)]
+    for i, j in plane_pairs(a, b):
+        sums = truth.accumulate(contraction, a.planes[i], b.planes[j], geometry)
+        made = fast.accumulate(contraction, on_device[0].planes[i], on_device[1].planes[j], geometry)
+        assert torch.equal(made.cpu(), sums)
+    counts = Counts()
+    y = getattr(fast, contraction)(*on_device, geometry, counts).cpu()
+    ref = getattr(truth, contraction)(a, b, geometry, Counts())
+    assert counts == {("cupy", contraction): len(plane_pairs(a, b))}
+    assert y.shape == ref.shape
+    if len(a.planes) == len(b.planes) == 1:
+        assert torch.equal(y, ref)
+    else:
+        biggest = max_plane_product(truth, contraction, a, b, geometry)
+        ulp = torch.nextafter(biggest, torch.tensor(torch.inf)) - biggest
+        assert (y - ref).abs().max() <= PLANE_SUM_ULPS * ulp
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.data(), st.booleans())
-def test_the_contract(backend, data, linear):
-    check(*data.draw(cases(st.none() if linear else geometries())), fast=backend)
+def test_the_contract(machine, data, linear):
+    check(machine, *data.draw(cases(st.none() if linear else geometries())))
 
 
-def test_a_convolution_of_one_tap_is_a_matrix_product(backend):
+def test_a_convolution_of_one_tap_is_a_matrix_product(machine):
     geometry = ConvGeometry(
         input_size=(5, 6), kernel_size=(1, 1), stride=(1, 1), padding=((0, 0),) * 2, dilation=(1, 1), groups=1
     )
-    backend.device.launches.clear()
-    x, w, g = random_plane((2, 5, 6, 7)), random_plane((9, 1, 1, 7)), random_plane((2, 5, 6, 9))
-    truth = backends.load("reference")
-    for contraction, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
-        sums = truth.accumulate(contraction, a, b, geometry)
-        assert torch.equal(backend.accumulate(contraction, a, b, geometry), sums)
-    assert backend.device.launches == ["gemm_nt", "gemm_nn", "gemm_tn"]
+    x, w, g = (Quantized((random_plane(s),)) for s in ((2, 5, 6, 7), (9, 1, 1, 7), (2, 5, 6, 9)))
+    with machine.launches() as launches:
+        for contraction, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
+            (a,), (b,) = (moved(q, machine.place).planes for q in (a, b))
+            machine.backend.accumulate(contraction, a, b, geometry)
+    assert launches == ["gemm_nt", "gemm_nn", "gemm_tn"]
 
 
-def results_of(layer, x, backend, monkeypatch):
-    load = backends.load
-    monkeypatch.setattr(backends, "load", lambda name: backend if name == "cupy" else load(name))
-    model = torch.nn.Sequential(copy.deepcopy(layer))
-    convert(model, backend="cupy")
-    x_own = x.clone().requires_grad_()
+def results_of(layer, x, backend, place):
+    model = torch.nn.Sequential(copy.deepcopy(layer)).to(place)
+    convert(model, backend=backend)
+    x_own = x.clone().to(place).requires_grad_()
     y = model(x_own)
-    y.backward(torch.sin(torch.arange(y.numel()).float()).reshape(y.shape))
-    return y, x_own.grad, model[0].weight.grad, gemm_counts(model)
+    y.backward(torch.sin(torch.arange(y.numel()).float()).reshape(y.shape).to(place))
+    return [t.cpu() for t in (y, x_own.grad, model[0].weight.grad)], gemm_counts(model)
 
 
 @settings(deadline=None, max_examples=10)
 @given(conv_layers())
-def test_converted_convolutions_equal_those_of_the_cpu(backend, case):
+def test_converted_convolutions_equal_those_of_the_cpu(machine, case):
     layer, x = case
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        fast = results_of(layer, x, backend, monkeypatch)
-    model = torch.nn.Sequential(copy.deepcopy(layer))
-    convert(model, backend="reference")
-    x_own = x.clone().requires_grad_()
-    y = model(x_own)
-    y.backward(torch.sin(torch.arange(y.numel()).float()).reshape(y.shape))
-    for made, truth in zip(fast[:3], (y, x_own.grad, model[0].weight.grad), strict=True):
-        assert torch.equal(made, truth)
-    assert fast[3] == {"0": {"output": 1, "grad_input": 1, "grad_weight": 1}}
+    with machine.chosen():
+        fast, counts = results_of(layer, x, "cupy", machine.place)
+    truth, _ = results_of(layer, x, "reference", torch.device("cpu"))
+    for made, expected in zip(fast, truth, strict=True):
+        assert torch.equal(made, expected)
+    assert counts == {"0": {"output": 1, "grad_input": 1, "grad_weight": 1}}
 
 
 def test_a_tensor_elsewhere_is_refused():
