@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ RESNET50 = [
 """Its convolutions behind the stem, each kind once; images of 224 x 224."""
 
 QUANTIZED = [(256 * 56 * 56, 64), (256 * 14 * 14, 1024), (16384, 4096)]
-SMALLEST = {"gemm": [(48, 40, 72)], "convolution": [Layer(2, 16, 16, 6, 3)], "quantize": [(40, 70)]}
+SMALLEST: dict[str, Any] = {"gemm": [(48, 40, 72)], "convolution": [Layer(2, 16, 16, 6, 3)], "quantize": [(40, 70)]}
 FLOAT_LIMITS = {"bfloat16": 1e-2, "float32": 1e-5, "float32 TF32": 1e-3}
 """Largest relative error of a baseline; its operands are the same integers."""
 
@@ -76,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output or (None if options.dry_run else RESULTS / "gpu_kernels.json")
     if output:
         open_record(output, target.described())
-    shapes = SMALLEST if options.dry_run else {"gemm": GEMMS, "convolution": RESNET50, "quantize": QUANTIZED}
+    shapes: dict[str, Any] = (
+        SMALLEST if options.dry_run else {"gemm": GEMMS, "convolution": RESNET50, "quantize": QUANTIZED}
+    )
     ceilings = target.ceilings(options.repeats)
-    measures = {"gemm": gemm, "convolution": convolution, "quantize": quantize}
+    measures: dict[str, Any] = {"gemm": gemm, "convolution": convolution, "quantize": quantize}
     for kind in options.only:
         for shape in shapes[kind]:
             for entry in measures[kind](target, shape, options.repeats):
@@ -181,7 +184,7 @@ def measure(
     target: Target,
     contraction: str,
     geometry: Any,
-    operands: list[tuple[int, ...]],
+    operands: Sequence[tuple[int, ...]],
     ways: dict[str, Way],
     repeats: int,
     operations: int,
@@ -218,7 +221,7 @@ def _time(
             check_equal(name, made, truth if made.dtype == torch.int32 else truth.to(torch.float32))
         size = sum(t.numel() for t in first) * way.dtype.itemsize
         sets = [[t.to(way.dtype) for t in pair()] for _ in range(target.sets(size))]
-        return target.milliseconds([lambda s=s: way.run(*s) for s in sets], repeats)
+        return target.milliseconds([partial(way.run, *s) for s in sets], repeats)
 
 
 def quantize(target: Target, shape: tuple[int, int], repeats: int) -> Iterator[dict[str, Any]]:
@@ -234,7 +237,7 @@ def quantize(target: Target, shape: tuple[int, int], repeats: int) -> Iterator[d
             name = str(dtype).removeprefix("torch.")
             check_equal(f"quantize {name}", backend.quantize(x, clip_value, spec, None, key).planes[0].data, expected)
             sets = [torch.randn(shape, device=target.place).to(dtype) for _ in range(target.sets(x.nbytes))]
-            calls = [lambda x=x, spec=spec: backend.quantize(x, clip_value, spec, None, key) for x in sets]
+            calls = [partial(backend.quantize, x, clip_value, spec, None, key) for x in sets]
             times[name] = quartiles = target.milliseconds(calls, repeats)
             if quartiles:
                 rates[name] = round((x.nbytes + x.numel()) / quartiles[1] / 1e6, 1)

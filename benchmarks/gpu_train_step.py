@@ -104,7 +104,8 @@ def measure(target: Target, network: Network, repeats: int) -> dict[str, Any]:
     model = model.to(target.place)
     x = torch.randn(shape, device=target.place)
     if len(shape) == 4:
-        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.to(memory_format=torch.channels_last)
     labels = torch.randint(0, classes, shape[:1], device=target.place)
     required = contractions_of_one_step(model, x[:2])
     with torch.no_grad():

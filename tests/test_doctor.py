@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import re
 import subprocess
+import textwrap
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -186,6 +189,24 @@ def test_wrong_results_and_failures_of_the_check_are_told():
     usable, text = gpu_text(machine(), refused)
     assert not usable
     assert "self-check: failed: RuntimeError: NVRTC: no such file" in text
+
+
+DOCUMENTED = re.findall(
+    r"^ *```text doctor: (.+?)\n(.*?)^ *```$",
+    (Path(__file__).parents[1] / "docs" / "gpu.md").read_text(),
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@pytest.mark.parametrize(("name", "text"), DOCUMENTED)
+def test_the_docs_show_what_doctor_says(name, text):
+    found = machine() if name == "ready" else CASES[name][0]
+    said = gpu_text(found, lambda *_: dict.fromkeys("abcdefgh", True))[1]
+    assert textwrap.dedent(text).rstrip() == said
+
+
+def test_the_docs_show_a_machine_that_is_ready_and_three_that_are_not():
+    assert len(DOCUMENTED) == 4
 
 
 # --- the CPU, and the exit code ------------------------------------------------------------------------------------
