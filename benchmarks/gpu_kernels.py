@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from contractions import Layer
-from gpu_timing import Target, check_close, check_equal
+from gpu_timing import Target, check_close, check_equal, tf32
 from records import RESULTS, add_run, open_record, origin
 from torch import Tensor
 
@@ -158,25 +158,10 @@ def own_ways(target: Target, contraction: str, geometry: Any) -> dict[str, Way]:
 
 def float_ways(product: Callable[..., Tensor]) -> dict[str, Way]:
     """The same product in torch's floating-point formats."""
-
-    @contextlib.contextmanager
-    def tf32() -> Iterator[None]:
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        try:
-            yield
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-    @contextlib.contextmanager
-    def plain() -> Iterator[None]:
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            yield
-
     return {
         "bfloat16": Way(product, FLOAT_LIMITS["bfloat16"], dtype=torch.bfloat16),
-        "float32": Way(product, FLOAT_LIMITS["float32"], plain, torch.float32),
-        "float32 TF32": Way(product, FLOAT_LIMITS["float32 TF32"], tf32, torch.float32),
+        "float32": Way(product, FLOAT_LIMITS["float32"], partial(tf32, False), torch.float32),
+        "float32 TF32": Way(product, FLOAT_LIMITS["float32 TF32"], partial(tf32, True), torch.float32),
     }
 
 

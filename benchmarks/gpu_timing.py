@@ -7,9 +7,10 @@ the emulated machine of the tests: everything is checked and nothing is timed.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Target:
     def __init__(self, dry_run: bool) -> None:
         self.dry_run = dry_run
         self.place = torch.device("cpu" if dry_run else "cuda:0")
+        torch.backends.cudnn.benchmark = True  # the baselines may choose their fastest algorithm
 
     def backend(self, family: str | None = None) -> CuPy:
         """The CuPy backend, with the launchers' own choice or with a forced family of kernels."""
@@ -135,6 +137,17 @@ class _Forced:
         self.arch = arch
         self.multiprocessors = device.multiprocessors
         self.kernel = device.kernel
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether float32 products and convolutions may round their operands to TF32, inside the context."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def check_equal(name: str, made: Tensor, expected: Tensor) -> None:

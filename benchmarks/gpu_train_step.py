@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu_timing import Target
+from gpu_timing import Target, tf32
 from records import RESULTS, add_run, open_record, origin
 from torch import Tensor, nn
 
@@ -139,13 +139,9 @@ def precisions(target: Target) -> dict[str, Callable[[nn.Module], contextlib.Abs
         return prepare
 
     @contextlib.contextmanager
-    def floating(model: nn.Module, tf32: bool = False, autocast: bool = False) -> Iterator[bool]:
-        before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        try:
+    def floating(model: nn.Module, rounded: bool = False, autocast: bool = False) -> Iterator[bool]:
+        with tf32(rounded):
             yield autocast
-        finally:
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
     @contextlib.contextmanager
     def torchao(model: nn.Module) -> Iterator[bool]:
@@ -160,7 +156,7 @@ def precisions(target: Target) -> dict[str, Callable[[nn.Module], contextlib.Abs
         "int8 dp4a, float32 around": int8("dp4a", autocast=False),
         "bfloat16": lambda model: floating(model, autocast=True),
         "float32": floating,
-        "float32 TF32": lambda model: floating(model, tf32=True),
+        "float32 TF32": lambda model: floating(model, rounded=True),
         "torchao int8": torchao,
     }
 
