@@ -10,12 +10,12 @@ from lightning_int8.kernels.planes import pitch
 from lightning_int8.kernels.quantize import quantize
 
 from lightning_int8 import numerics
-from lightning_int8.numerics import BITS, FLAG_BITS, TRUTH_TABLE
+from lightning_int8.numerics import TRUTH_TABLE
+from lightning_int8.policies import WIDTHS
 from lightning_int8.spec import OperandSpec
 
 pytestmark = needs_compiler
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTEGER_BITS = [b for b in BITS if b != FLAG_BITS]  # the flag format has no kernel
 
 
 def check(x, clip_value, spec, axis, key, multiprocessors=1):
@@ -58,7 +58,7 @@ def cases(draw):
     clip_value = torch.stack(clips) if affine else torch.maximum(*clips)
     clip_value = clip_value * draw(st.sampled_from([1.0, 0.5, 0.01, 0.0, 2.0, float("nan"), float("inf")]))
     rounding = draw(st.sampled_from(["nearest", "stochastic"]))
-    spec = OperandSpec(bits=draw(st.sampled_from(INTEGER_BITS)), affine=affine, rounding=rounding)
+    spec = OperandSpec(bits=draw(st.sampled_from(WIDTHS)), affine=affine, rounding=rounding)
     key = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(0, 7)), draw(st.integers(0, 2**40))])
     return x, clip_value, spec, axis, key, draw(st.integers(1, 5))
 
