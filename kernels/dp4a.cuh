@@ -4,6 +4,7 @@
 // 4 of every row side by side, so that a thread reads four rows at once. The next tile travels through registers while
 // this one is multiplied; an operand whose rows are the fast index is transposed there, four bytes by four.
 #pragma once
+#include "byte_transpose.cuh"
 #include "pieces.cuh"
 
 #ifndef BLOCK_M
@@ -15,18 +16,6 @@ constexpr int BLOCK_K = 32;
 constexpr int THREADS = BLOCK_M / 8 * (BLOCK_N / 8);
 constexpr int MIN_BLOCKS = THREADS == 256 ? 2 : 4;
 constexpr int WORDS = BLOCK_K / 4;
-
-// ROW_CONTIGUOUS pieces of this family: 4 rows (4 bytes) at each of 4 neighbouring k, ready to be transposed.
-template <int ROWS_>
-struct Quads {
-  static constexpr Order ORDER = ROW_CONTIGUOUS;
-  static constexpr int ROWS = ROWS_, DEPTH = BLOCK_K;
-  static constexpr int ACROSS = ROWS / 4, STEP = THREADS / ACROSS * 4, ROUNDS = DEPTH / STEP, COUNT = 4 * ROUNDS;
-  static_assert(THREADS % ACROSS == 0 && ROUNDS * STEP == DEPTH, "uneven shares");
-  static __device__ __forceinline__ constexpr int distance(int i) { return i / 4 * STEP + i % 4; }
-  static __device__ __forceinline__ int first_row() { return threadIdx.x % ACROSS * 4; }
-  static __device__ __forceinline__ int first_k() { return threadIdx.x / ACROSS * 4; }
-};
 
 // An operand tile on its way from global memory to shared memory: words[k / 4][row].
 template <Order ORDER, int ROWS>
@@ -40,10 +29,7 @@ struct Dp4aTile<K_CONTIGUOUS, ROWS> {
   template <class Source>
   __device__ __forceinline__ void fetch(Source& source) {
 #pragma unroll
-    for (int i = 0; i < P::COUNT; i++) {
-      const i8* piece = source.piece(i);
-      pieces[i] = piece ? *reinterpret_cast<const int4*>(piece) : make_int4(0, 0, 0, 0);
-    }
+    for (int i = 0; i < P::COUNT; i++) pieces[i] = load_piece(source.piece(i));
     source.advance();
   }
   __device__ __forceinline__ void keep(int* words, int pitch) const {
@@ -57,7 +43,7 @@ struct Dp4aTile<K_CONTIGUOUS, ROWS> {
 
 template <int ROWS>
 struct Dp4aTile<ROW_CONTIGUOUS, ROWS> {
-  typedef Quads<ROWS> P;
+  typedef Quads<ROWS, BLOCK_K, THREADS, 4, ROWS / 4> P;
   u32 lines[P::COUNT];
 
   template <class Source>
@@ -73,12 +59,8 @@ struct Dp4aTile<ROW_CONTIGUOUS, ROWS> {
 #pragma unroll
     for (int round = 0; round < P::ROUNDS; round++) {
       const u32* k = lines + 4 * round;
-      const u32 low01 = __byte_perm(k[0], k[1], 0x5140), low23 = __byte_perm(k[2], k[3], 0x5140);
-      const u32 high01 = __byte_perm(k[0], k[1], 0x7362), high23 = __byte_perm(k[2], k[3], 0x7362);
       int* at = words + (P::first_k() + round * P::STEP) / 4 * pitch + P::first_row();
-      *reinterpret_cast<int4*>(at) =
-          make_int4(__byte_perm(low01, low23, 0x5410), __byte_perm(low01, low23, 0x7632),
-                    __byte_perm(high01, high23, 0x5410), __byte_perm(high01, high23, 0x7632));
+      *reinterpret_cast<int4*>(at) = transpose_bytes(k[0], k[1], k[2], k[3]);
     }
   }
 };

@@ -4,6 +4,7 @@
 // memory: by cp.async while earlier ones are multiplied, or (REGISTER_STAGING, sm_75, two buffers) by way of registers.
 #pragma once
 #include "imma_tile.cuh"
+#include "warp_slab.cuh"
 
 #ifndef BLOCK_M
 #define BLOCK_M 128
@@ -45,29 +46,21 @@ class TileProduct {
     __syncthreads();  // the buffers are free for drain()
   }
 
-  // Calls store(row, column, sums) for every four neighbouring columns of the tile. Sums go through shared memory, 16
-  // rows a warp at a time, so that neighbouring lanes write neighbouring addresses whatever order they were computed
-  // in.
+  // Calls store(row, column, sums) for every four neighbouring columns of the tile.
   template <class Store>
   __device__ __forceinline__ void drain(char* shared, const Store& store) const {
-    constexpr int PITCH = WARP_N + 8;
-    static_assert(16 * PITCH * 4 * (THREADS / 32) <= STAGES * STAGE_BYTES, "the slabs must fit into the buffers");
-    int* slab = reinterpret_cast<int*>(shared) + warp() * 16 * PITCH;
+    typedef WarpSlab<WARP_N> Slab;
+    static_assert(Slab::BYTES * (THREADS / 32) <= STAGES * STAGE_BYTES, "the slabs must fit into the buffers");
+    Slab slab(shared, warp());
 #pragma unroll
     for (int i = 0; i < TILES_M; i++) {
 #pragma unroll
       for (int j = 0; j < TILES_N; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++)
-          slab[LeftTile::row_of(lane(), e / 2) * PITCH + j / 2 * 16 + RightTile::column_of(lane(), j % 2, e % 2)] =
-              sums[i][j][e];
-      __syncwarp();
-#pragma unroll 1
-      for (int item = lane(); item < 16 * WARP_N / 4; item += 32) {
-        const int row = item / (WARP_N / 4), column = item % (WARP_N / 4) * 4;
-        store(warp_row() + i * 16 + row, warp_column() + column, slab + row * PITCH + column);
-      }
-      __syncwarp();
+          slab.put(LeftTile::row_of(lane(), e / 2), j / 2 * 16 + RightTile::column_of(lane(), j % 2, e % 2),
+                   sums[i][j][e]);
+      slab.drain(warp_row() + i * 16, warp_column(), store);
     }
   }
 
@@ -153,10 +146,7 @@ class TileProduct {
   template <int COUNT, class Source>
   static __device__ __forceinline__ void load_pieces(int4 (&pieces)[COUNT], Source& source) {
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) {
-      const i8* piece = source.piece(i);
-      pieces[i] = piece ? *reinterpret_cast<const int4*>(piece) : make_int4(0, 0, 0, 0);
-    }
+    for (int i = 0; i < COUNT; i++) pieces[i] = load_piece(source.piece(i));
     source.advance();
   }
 

@@ -8,6 +8,10 @@
 
 enum Order { K_CONTIGUOUS, ROW_CONTIGUOUS };
 
+__device__ __forceinline__ int4 load_piece(const i8* piece) {
+  return piece ? *reinterpret_cast<const int4*>(piece) : make_int4(0, 0, 0, 0);
+}
+
 template <Order ORDER_, int ROWS_, int DEPTH_, int THREADS>
 struct Pieces {
   static constexpr Order ORDER = ORDER_;
@@ -26,4 +30,21 @@ struct Pieces {
   static __device__ __forceinline__ int first_k() {
     return ORDER == K_CONTIGUOUS ? threadIdx.x % ACROSS * 16 : threadIdx.x / ACROSS;
   }
+};
+
+// ROW_CONTIGUOUS pieces that go through registers and are transposed there: WIDTH rows at each of four neighbouring k.
+// Of the lanes of a warp, runs of NEIGHBOURS take neighbouring rows.
+template <int ROWS_, int DEPTH_, int THREADS, int WIDTH, int NEIGHBOURS>
+struct Quads {
+  static constexpr Order ORDER = ROW_CONTIGUOUS;
+  static constexpr int ROWS = ROWS_, DEPTH = DEPTH_;
+  static constexpr int ACROSS = ROWS / WIDTH, DOWN = THREADS / ACROSS;
+  static constexpr int STEP = 4 * DOWN, ROUNDS = DEPTH / STEP, COUNT = 4 * ROUNDS;
+  static_assert(THREADS % ACROSS == 0 && ROUNDS * STEP == DEPTH && ACROSS % NEIGHBOURS == 0, "uneven shares");
+
+  static __device__ __forceinline__ constexpr int distance(int i) { return i / 4 * STEP + i % 4; }
+  static __device__ __forceinline__ int first_row() {
+    return (threadIdx.x / (NEIGHBOURS * DOWN) * NEIGHBOURS + threadIdx.x % NEIGHBOURS) * WIDTH;
+  }
+  static __device__ __forceinline__ int first_k() { return threadIdx.x / NEIGHBOURS % DOWN * 4; }
 };

@@ -37,7 +37,7 @@ WRONG_RESULTS = {  # class of bug: family, contraction, file, text, replacement
         "first[0] = f[0], first[1] = f[1], second[0]",
         "first[0] = f[1], first[1] = f[0], second[0]",
     ),
-    "wrong byte transpose": ("dp4a", "grad_weight", "dp4a.cuh", "k[1], 0x5140", "k[1], 0x1540"),
+    "wrong byte transpose": ("dp4a", "grad_weight", "byte_transpose.cuh", "(a, b, 0x5140)", "(a, b, 0x1540)"),
     "last piece of k dropped": ("imma", "output", "sources.cuh", "k_left > 0", "k_left > 16"),
 }
 
