@@ -4,6 +4,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "hopper_primitives.h"
 #include "primitives.h"
 
 namespace emulator {

@@ -14,6 +14,10 @@ using u64 = unsigned long long;
 
 #define DYNAMIC_SHARED(name) char* name = emulator::block.shared
 
+inline u32 shared_address(const void* pointer) {
+  return static_cast<u32>(static_cast<const char*>(pointer) - emulator::block.shared);
+}
+
 // --- 16-bit floats ---
 
 inline float f16_to_f32(u16 bits) { return static_cast<float>(same_bits<_Float16>(bits)); }
@@ -60,6 +64,7 @@ namespace emulator {
 inline void perform(const AsyncCopy& copy) {  // compiled with the kernel: a sanitizer sees the accesses
   for (int i = 0; i < copy.bytes; i++)
     static_cast<char*>(copy.to)[i] = copy.valid ? static_cast<const char*>(copy.from)[i] : 0;
+  wrote_operand(copy.to, copy.bytes);
 }
 }  // namespace emulator
 

@@ -28,6 +28,33 @@ struct Warp {
   Posted posted[2][WARP_LANES];  // in turn, so that one barrier an exchange is enough
 };
 
+// Asynchronous operations of a thread, by the groups in which they are waited for.
+template <class Operation>
+struct Queue {
+  std::vector<Operation> operations;
+  int group = 0;
+
+  void defer(const Operation& operation) {
+    operations.push_back(operation);
+    operations.back().group = group;
+  }
+  bool next_due(int groups_that_may_stay, Operation* due) {
+    for (size_t i = 0; i < operations.size(); i++) {
+      if (operations[i].group >= group - groups_that_may_stay) continue;
+      *due = operations[i];
+      operations.erase(operations.begin() + i);
+      return true;
+    }
+    return false;
+  }
+};
+
+struct MemoryBarrier {  // mbarrier; its bits are opaque to kernels
+  uint16_t magic, arrivals, pending, phase;
+  static constexpr uint16_t MAGIC = 0x5ba7;
+};
+static_assert(sizeof(MemoryBarrier) == 8);
+
 struct Worker : Thread {
   Fiber fiber;
   bool finished = false;
@@ -35,8 +62,12 @@ struct Worker : Thread {
   unsigned waits_for_generation = 0;
   unsigned polls = 0;
   unsigned exchange_turn = 0;
-  std::vector<AsyncCopy> copies;
-  int copy_group = 0;
+  const MemoryBarrier* waits_for_phase = nullptr;
+  unsigned awaited_parity = 0;
+  Queue<AsyncCopy> copies;
+  Queue<Product> products;
+  bool product_group_open = false;
+  std::vector<Range> unfenced;
 };
 
 struct Machine {
@@ -65,7 +96,10 @@ void run_thread() {
   acquire(&machine.launch_order);
   machine.kernel(machine.arguments);
   release(&machine.end_order);
-  std::vector<AsyncCopy>().swap(self().copies);  // by the thread that filled it: ThreadSanitizer watches memory, too
+  // By the thread that filled them: ThreadSanitizer watches memory, too.
+  std::vector<AsyncCopy>().swap(self().copies.operations);
+  std::vector<Product>().swap(self().products.operations);
+  std::vector<Range>().swap(self().unfenced);
   self().finished = true;
   leave_fiber(self().fiber, machine.scheduler);
 }
@@ -86,8 +120,21 @@ void wait_at(Barrier& barrier, unsigned threads) {
   acquire(&barrier.order[generation & 1]);
 }
 
+bool has_ended(const MemoryBarrier& barrier, unsigned parity) { return (barrier.phase & 1) != parity; }
+
 bool can_run(const Worker& w) {
+  if (w.waits_for_phase && !has_ended(*w.waits_for_phase, w.awaited_parity)) return false;
   return !w.finished && !(w.waits_at && w.waits_at->generation == w.waits_for_generation);
+}
+
+// Memory that starts as noise, in an allocation of its own of exactly its size: AddressSanitizer sees its end, and
+// ThreadSanitizer no race with the block before.
+char* noise(unsigned bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, SHARED_ALIGNMENT, std::max(1u, bytes))) abort();
+  machine.shared.push_back(memory);
+  std::generate_n(static_cast<unsigned*>(memory), bytes / sizeof(unsigned), std::ref(machine.random));
+  return static_cast<char*>(memory);
 }
 
 void prepare_block(const dim3& index) {
@@ -108,13 +155,8 @@ void prepare_block(const dim3& index) {
     machine.warps[w.warp].threads++;
     start_fiber(w.fiber, i, run_thread);
   }
-  // Shared memory starts as noise, in an allocation of its own of exactly its size: AddressSanitizer sees its end, and
-  // ThreadSanitizer no race with the block before.
-  void* shared = nullptr;
-  if (posix_memalign(&shared, SHARED_ALIGNMENT, std::max(1u, block.shared_bytes))) abort();
-  machine.shared.push_back(shared);
-  block.shared = static_cast<char*>(shared);
-  std::generate_n(static_cast<unsigned*>(shared), block.shared_bytes / sizeof(unsigned), std::ref(machine.random));
+  block.shared = noise(block.shared_bytes);
+  block.operands = nullptr;
   // Threads come after this line and before the end of the launch, but no block after another: a race of blocks is
   // seen.
   release(&machine.launch_order);
@@ -132,6 +174,7 @@ void run_block() {
       if (!can_run(w)) continue;
       progress = true;
       w.waits_at = nullptr;
+      w.waits_for_phase = nullptr;
       thread = &w;
       switch_fiber(machine.scheduler, w.fiber);
       if (w.finished) left--;
@@ -179,22 +222,61 @@ bool takes_effect_now() {
   return machine.config.copy_timing == EARLY;
 }
 
-void defer_copy(const AsyncCopy& copy) {
-  self().copies.push_back(copy);
-  self().copies.back().group = self().copy_group;
+void defer_copy(const AsyncCopy& copy) { self().copies.defer(copy); }
+void close_copy_group() { self().copies.group++; }
+bool next_due_copy(int groups_that_may_stay, AsyncCopy* due) {
+  return self().copies.next_due(groups_that_may_stay, due);
 }
 
-void close_copy_group() { self().copy_group++; }
+void open_product_group() { self().product_group_open = true; }
+void check_product_group() {
+  // The ISA asks for it where other instructions touched the sums; here it is asked for at every group.
+  if (!self().product_group_open) fail("wgmma: no wgmma.fence since the last group of products");
+}
+void defer_product(const Product& product) { self().products.defer(product); }
+void close_product_group() {
+  self().product_group_open = false;
+  self().products.group++;
+}
+bool next_due_product(int groups_that_may_stay, Product* due) {
+  return self().products.next_due(groups_that_may_stay, due);
+}
 
-bool next_due_copy(int groups_that_may_stay, AsyncCopy* due) {
-  Worker& me = self();
-  for (size_t i = 0; i < me.copies.size(); i++) {
-    if (me.copies[i].group >= me.copy_group - groups_that_may_stay) continue;
-    *due = me.copies[i];
-    me.copies.erase(me.copies.begin() + i);
-    return true;
+void wrote_operand(void* at, int bytes) {
+  if (block.operands) self().unfenced.push_back({at, bytes});
+}
+bool next_unfenced(Range* range) {
+  std::vector<Range>& unfenced = self().unfenced;
+  if (unfenced.empty()) return false;
+  *range = unfenced.back();
+  unfenced.pop_back();
+  return true;
+}
+
+MemoryBarrier& at_barrier(void* barrier) {
+  if (static_cast<MemoryBarrier*>(barrier)->magic != MemoryBarrier::MAGIC) fail("mbarrier: it was not set up");
+  return *static_cast<MemoryBarrier*>(barrier);
+}
+void barrier_init(void* barrier, unsigned arrivals) {
+  *static_cast<MemoryBarrier*>(barrier) = {MemoryBarrier::MAGIC, static_cast<uint16_t>(arrivals),
+                                           static_cast<uint16_t>(arrivals), 0};
+  if (!block.operands) block.operands = noise(block.shared_bytes);
+}
+void barrier_arrive(void* barrier) {
+  MemoryBarrier& b = at_barrier(barrier);
+  release(barrier);
+  if (--b.pending) return;
+  b.pending = b.arrivals;
+  b.phase++;
+}
+void barrier_wait(void* barrier, unsigned parity) {
+  const MemoryBarrier& b = at_barrier(barrier);
+  if (!has_ended(b, parity)) {
+    self().waits_for_phase = &b;
+    self().awaited_parity = parity;
+    give_up_turn();
   }
-  return false;
+  acquire(barrier);
 }
 
 void fail(const char* what) {
@@ -219,6 +301,8 @@ int run_grid(const LaunchConfig& config, Kernel kernel, void** arguments, char* 
   block.shared_bytes = config.shared_bytes;
   const unsigned threads = config.block[0] * config.block[1] * config.block[2];
   machine.workers.resize(threads);
+  // Threads add to it: were it to grow then, ThreadSanitizer would take that for a race of theirs.
+  machine.shared.reserve(2 * config.grid[0] * config.grid[1] * config.grid[2]);
   machine.warps.resize((threads + WARP_LANES - 1) / WARP_LANES);
   for (unsigned z = 0; z < config.grid[2]; z++)
     for (unsigned y = 0; y < config.grid[1]; y++)

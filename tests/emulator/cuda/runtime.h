@@ -33,6 +33,7 @@ struct Block {
   dim3 index, size, grid;
   char* shared;
   unsigned shared_bytes;
+  char* operands;  // shared memory as wgmma sees it: what writers have fenced. Null until a barrier is set up
 };
 
 struct AsyncCopy {
@@ -41,6 +42,18 @@ struct AsyncCopy {
   int bytes;
   bool valid;  // false: fill with zeros
   int group;
+};
+
+struct Product {  // by a warpgroup; each thread computes its own sums
+  int* sums;
+  int columns;
+  uint64_t left, right;  // descriptors
+  int group;
+};
+
+struct Range {  // of shared memory
+  void* at;
+  int bytes;
 };
 
 constexpr int EXCHANGE_WORDS = 8;
@@ -56,6 +69,19 @@ bool takes_effect_now();                             // of an asynchronous opera
 void defer_copy(const AsyncCopy& copy);
 void close_copy_group();
 bool next_due_copy(int groups_that_may_stay, AsyncCopy* due);
+void open_product_group();
+void check_product_group();  // fails unless it is open
+void defer_product(const Product& product);
+void close_product_group();
+bool next_due_product(int groups_that_may_stay, Product* due);
+void wrote_operand(void* at,
+                   int bytes);  // by this thread, not fenced yet; kernels without barriers have no such reader
+bool next_unfenced(Range* range);
+
+// mbarrier: 8 bytes of shared memory
+void barrier_init(void* barrier, unsigned arrivals);
+void barrier_arrive(void* barrier);
+void barrier_wait(void* barrier, unsigned parity);
 void fail(const char* what);          // ends the launch with an error; the thread goes no further
 void yield(const char* waiting_for);  // let others run: for a thread that polls memory
 
