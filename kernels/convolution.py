@@ -1,4 +1,4 @@
-"""Launches of the convolutions: ``conv_imma.cu``, ``conv_dp4a.cu``, ``conv_direct.cu`` and ``conv_finish.cu``."""
+"""Launches of the convolutions: ``conv_wgmma.cu``, ``_imma``, ``_dp4a``, ``_direct`` and ``conv_finish.cu``."""
 
 from __future__ import annotations
 

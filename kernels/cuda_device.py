@@ -36,7 +36,7 @@ class CudaDevice:
         self._index = index
         # Driver and compiler must agree on CUDA's major version, and CuPy is what was installed to match the driver.
         self._compiler = compiler_of(cupy.cuda.runtime.runtimeGetVersion() // 1000)
-        self.arch = f"sm_{best_architecture(self._compiler, properties.major, properties.minor)}"
+        self.arch = best_architecture(self._compiler, properties.major, properties.minor)
         self.multiprocessors = properties.multi_processor_count
         self._modules: dict[Program, Any] = {}
         self._kernels: dict[tuple[Program, str], _Kernel] = {}
@@ -94,8 +94,10 @@ def cuda_device(index: int) -> CudaDevice:
     return CudaDevice(index)
 
 
-def best_architecture(compiler: Nvrtc, major: int, minor: int) -> int:
-    """The newest architecture of ``compiler`` whose machine code a GPU of this compute capability runs.
+def best_architecture(compiler: Nvrtc, major: int, minor: int) -> str:
+    """The newest architecture of ``compiler`` whose machine code a GPU of this compute capability runs: "sm_86".
+
+    "sm_90a" for compute capability 9.0: wgmma is in the code for exactly this one.
 
     Raises:
         RuntimeError: The compiler knows none of this major version.
@@ -105,4 +107,5 @@ def best_architecture(compiler: Nvrtc, major: int, minor: int) -> int:
         raise RuntimeError(
             f"NVRTC {compiler.version[0]}.{compiler.version[1]} does not compile for compute capability {major}.{minor}"
         )
-    return max(usable)
+    best = max(usable)
+    return "sm_90a" if (major, minor, best) == (9, 0, 90) else f"sm_{best}"

@@ -1,4 +1,4 @@
-"""Launches of the matrix products: ``gemm_imma.cu``, ``gemm_dp4a.cu`` and ``gemm_finish.cu``."""
+"""Launches of the matrix products: ``gemm_wgmma.cu``, ``gemm_imma.cu``, ``gemm_dp4a.cu`` and ``gemm_finish.cu``."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ class Variant:
     """How one block computes its tile.
 
     Attributes:
-        family: "dp4a" (sm_61+) or "imma" (mma.sync, sm_75+).
+        family: "dp4a" (sm_61+), "imma" (mma.sync, sm_75+) or "wgmma" (sm_90a).
         block: Rows and columns of the result a block computes.
         warp: Rows and columns a warp computes (imma).
-        stages: Tiles in flight (imma).
+        stages: Tiles in flight (imma, wgmma).
         register_staging: Whether tiles reach shared memory through registers: below sm_80, which has no cp.async.
     """
 
@@ -28,13 +28,15 @@ class Variant:
     @property
     def depth(self) -> int:
         """Summed index a tile covers."""
-        return 32 if self.family == "dp4a" else 64
+        return {"dp4a": 32, "imma": 64, "wgmma": 128}[self.family]
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
         if self.family == "dp4a":
             return math.prod(self.block) // 64
+        if self.family == "wgmma":  # a warpgroup that fills shared memory, and one for each 64 rows
+            return 128 + 2 * self.block[0]
         return 32 * math.prod(self.block) // math.prod(self.warp)
 
     @property
@@ -42,7 +44,8 @@ class Variant:
         """Dynamic shared memory of a block."""
         if self.family == "dp4a":
             return 2 * self.depth * (sum(self.block) + 8)
-        return self.stages * self.depth * sum(self.block)
+        barriers = 16 * self.stages if self.family == "wgmma" else 0
+        return self.stages * self.depth * sum(self.block) + barriers
 
     def tiles(self, m: int, n: int) -> int:
         """Blocks that cover a result of ``m`` rows and ``n`` columns."""
@@ -55,6 +58,8 @@ class Variant:
         if self.family == "imma":
             values |= {"WARP_M": self.warp[0], "WARP_N": self.warp[1], "STAGES": self.stages}
             values["REGISTER_STAGING"] = int(self.register_staging)
+        if self.family == "wgmma":
+            values["STAGES"] = self.stages
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
 
@@ -67,6 +72,10 @@ IMMA_LARGE_3 = Variant(family="imma", block=(128, 128), warp=(64, 64), stages=3,
 IMMA_WIDE = Variant(family="imma", block=(128, 256), warp=(64, 64), stages=4, register_staging=False)
 IMMA_SMALL = Variant(family="imma", block=(64, 64), warp=(32, 32), stages=4, register_staging=False)
 
+WGMMA_WIDE = Variant(family="wgmma", block=(128, 256), stages=4)
+WGMMA_LARGE = Variant(family="wgmma", block=(128, 128), stages=4)
+WGMMA_SMALL = Variant(family="wgmma", block=(128, 64), stages=4)
+
 
 def compute_capability(arch: str) -> int:
     """Number of an architecture: 90 for "sm_90a"."""
@@ -77,7 +86,7 @@ def variants(arch: str) -> tuple[Variant, ...]:
     """Variants that an architecture can run and may want, the largest tile first.
 
     Args:
-        arch: "sm_61" and so on.
+        arch: "sm_61" and so on; "sm_90a" for warpgroup products.
 
     Raises:
         ValueError: The architecture has no INT8 product.
@@ -89,6 +98,8 @@ def variants(arch: str) -> tuple[Variant, ...]:
         return (DP4A_LARGE, DP4A_SMALL)
     if number < 80:
         return (IMMA_SM75_LARGE, IMMA_SM75_SMALL)
+    if arch == "sm_90a":  # "a": code for 9.0 alone, which is what wgmma is
+        return (WGMMA_WIDE, WGMMA_LARGE, WGMMA_SMALL)
     if number in (80, 90, 100, 103):  # 164 KiB of shared memory and more: room for four stages of the wide tile
         return (IMMA_WIDE, IMMA_LARGE, IMMA_SMALL)
     return (IMMA_LARGE_3, IMMA_SMALL)

@@ -17,6 +17,7 @@ needs_compiler = pytest.mark.skipif(
 SMALL = {
     "imma": ("sm_80", variants.IMMA_SMALL),
     "imma-sm75": ("sm_75", variants.IMMA_SM75_SMALL),
+    "wgmma": ("sm_90a", variants.WGMMA_SMALL),
     "dp4a": ("sm_61", variants.DP4A_SMALL),
 }
 """The smallest tile of each family and an architecture that runs it: the emulated machine computes whole tiles."""

@@ -10,21 +10,31 @@ import torch
 from lightning_int8.kernels import build, cuda_device, machine_code, nvrtc
 from lightning_int8.kernels.catalogue import PLAIN, TILED, catalogue
 from lightning_int8.kernels.device import Program
+from lightning_int8.kernels.variants import compute_capability
 
 from lightning_int8.cli import main
 
-ARCHITECTURES = {  # INT8 instruction, and how many of it a large tile's kernel has
-    61: ("dp4a.s32.s32", 512),
-    75: ("IMMA.8816.S8.S8", 256),
-    80: ("IMMA.16832.S8.S8", 64),
-    90: ("IMMA.16832.S8.S8", 64),
+ARCHITECTURES = {  # INT8 instructions, and how many of them the kernel of a tile has
+    "61": {"128x128": ("dp4a.s32.s32", 512), "64x64": ("dp4a.s32.s32", None)},
+    "75": {"128x128": ("IMMA.8816.S8.S8", 256), "64x64": ("IMMA.8816.S8.S8", None)},
+    "80": {
+        "128x256": ("IMMA.16832.S8.S8", 64),
+        "128x128": ("IMMA.16832.S8.S8", 64),
+        "64x64": ("IMMA.16832.S8.S8", None),
+    },
+    "90a": {
+        "128x256": ("IGMMA.64x128x32.S8.S8", 8),
+        "128x128": ("IGMMA.64x128x32.S8.S8", 4),
+        "128x64": ("IGMMA.64x64x32.S8.S8", 4),
+    },
 }
 MOST_REGISTERS = 255
 
 
 def needs_nvrtc(*architectures):
+    architectures = {compute_capability(str(a)) for a in architectures}
     known = {a for n in nvrtc.installed() for a in n.architectures}
-    missing = sorted(set(architectures) - known)
+    missing = sorted(architectures - known)
     return pytest.mark.skipif(bool(missing), reason=f"no NVRTC that compiles for {missing} is installed")
 
 
@@ -39,21 +49,23 @@ def test_no_kernel_spills_and_products_are_int8_instructions(arch, capsys):
     rows = json.loads(capsys.readouterr().out)
     items = catalogue(f"sm_{arch}")
     assert {row["program"] for row in rows} == {item.label for item in items}
-    instruction, count = ARCHITECTURES[arch]
     for row in rows:
         assert row["spill_bytes"] == 0, row
         assert 0 < row["registers"] <= MOST_REGISTERS
         tiled = row["program"].partition(".")[0] not in {name.partition(".")[0] for name in PLAIN}
         counts = row["int8_instructions"]
-        assert set(counts) == ({instruction} if tiled else set()), row
-        if "128x" in row["program"]:
-            assert counts[instruction] == count
+        if not tiled:
+            assert not counts, row
+            continue
+        instruction, count = ARCHITECTURES[arch][row["program"].rpartition(" ")[2]]
+        assert set(counts) == {instruction}, row
+        assert count in (None, counts[instruction]), row
     entries = {row["entry"] for row in rows}
     assert {"gemm_nt", "gemm_nn", "gemm_tn", "conv_output", "conv_grad_input", "conv_grad_weight"} <= entries
 
 
 def test_every_source_is_in_the_catalogue():
-    families = ("dp4a", "imma")
+    families = ("dp4a", "imma", "wgmma")
     named = set(PLAIN) | {source.format(family) for source in TILED for family in families}
     assert {p.name for p in build.SOURCES.glob("*.cu")} == named
 
@@ -227,7 +239,13 @@ def test_launches_go_to_the_current_stream_with_enough_shared_memory(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("known", "capability", "best"), [((75, 80, 86), (8, 6), 86), ((75, 80), (8, 9), 80), ((90, 120), (12, 1), 120)]
+    ("known", "capability", "best"),
+    [
+        ((75, 80, 86), (8, 6), "sm_86"),
+        ((75, 80), (8, 9), "sm_80"),
+        ((90, 120), (12, 1), "sm_120"),
+        ((80, 90), (9, 0), "sm_90a"),
+    ],
 )
 def test_machine_code_is_for_an_architecture_that_the_gpu_runs(known, capability, best):
     assert cuda_device.best_architecture(SimpleNamespace(version=(13, 0), architectures=known), *capability) == best

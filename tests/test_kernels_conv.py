@@ -79,7 +79,12 @@ def test_every_geometry_scale_and_zero_point(case):
 @pytest.mark.parametrize("contraction", CONTRACTIONS)
 @pytest.mark.parametrize(
     ("arch", "variant"),
-    [("sm_80", variants.IMMA_WIDE), ("sm_75", variants.IMMA_SM75_LARGE), ("sm_61", variants.DP4A_LARGE)],
+    [
+        ("sm_80", variants.IMMA_WIDE),
+        ("sm_75", variants.IMMA_SM75_LARGE),
+        ("sm_61", variants.DP4A_LARGE),
+        ("sm_90a", variants.WGMMA_WIDE),
+    ],
 )
 def test_large_tiles(arch, variant, contraction):
     geometry = geometry_2d(size=12)

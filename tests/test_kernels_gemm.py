@@ -40,7 +40,7 @@ def test_every_schedule(family, contraction, schedule, copies):
     arch, variant = SMALL[family]
     device = EmulatedDevice(arch, Machine(schedule=schedule, copies=copies))
     torch.manual_seed(schedule)
-    check(device, variant, contraction, *operands(contraction, 80, 72, 400))
+    check(device, variant, contraction, *operands(contraction, 80, 72, 700))  # more tiles than buffers
 
 
 @st.composite
@@ -72,6 +72,8 @@ def test_every_shape_scale_and_zero_point(case):
         ("sm_86", variants.IMMA_LARGE_3),
         ("sm_75", variants.IMMA_SM75_LARGE),
         ("sm_61", variants.DP4A_LARGE),
+        ("sm_90a", variants.WGMMA_WIDE),
+        ("sm_90a", variants.WGMMA_LARGE),
     ],
 )
 @pytest.mark.parametrize("contraction", LAYOUTS)
@@ -113,7 +115,7 @@ def test_the_limit_of_a_slab_is_that_of_int32():
     assert split.RAW_LIMIT * largest <= INT32_MAX < (split.RAW_LIMIT + 1) * largest
 
 
-@given(st.integers(1, 10**4), st.integers(1, 10**7), st.sampled_from([32, 64]), st.integers(1, 150))
+@given(st.integers(1, 10**4), st.integers(1, 10**7), st.sampled_from([32, 64, 128]), st.integers(1, 150))
 def test_slices_cover_the_sum_and_fit_int32(tiles, length, depth, multiprocessors):
     device = EmulatedDevice(multiprocessors=multiprocessors)
     plan = split.plan_split(device, torch.device("cpu"), tiles, (1, 1), length, depth)
@@ -139,7 +141,8 @@ def test_an_operand_beyond_32_bit_offsets_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("arch", "family"), [("sm_61", "dp4a"), ("sm_70", "dp4a"), ("sm_75", "imma"), ("sm_90a", "imma")]
+    ("arch", "family"),
+    [("sm_61", "dp4a"), ("sm_70", "dp4a"), ("sm_75", "imma"), ("sm_90", "imma"), ("sm_90a", "wgmma")],
 )
 def test_families_by_architecture(arch, family):
     candidates = variants.variants(arch)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from emulator import Machine, sanitizers
+from emulator import KernelError, Machine, sanitizers
 from emulator.device import EmulatedDevice
 from kernel_cases import SCHEDULES, SMALL, expected_sums, needs_compiler, random_plane
 from lightning_int8.kernels.gemm import gemm
@@ -11,6 +11,15 @@ from lightning_int8.kernels.result import Result
 pytestmark = needs_compiler
 
 BARRIER = "      __syncthreads();  // everyone's part of this tile is there, and everyone is done with the one before\n"
+
+RELEASE = """      multiply(shared + tile % STAGES * STAGE_BYTES);
+      wait_for_products<1>();  // the tile before this one has been read
+      if (tile > 0 && threadIdx.x % 32 == 0) barrier_arrive(empty + (tile - 1) % STAGES);
+"""
+RELEASED_BEFORE_IT_IS_READ = """      if (threadIdx.x % 32 == 0) barrier_arrive(empty + tile % STAGES);
+      multiply(shared + tile % STAGES * STAGE_BYTES);
+      wait_for_products<1>();
+"""
 
 WRONG_RESULTS = {  # class of bug: family, contraction, file, text, replacement
     "missing barrier (imma)": ("imma", "output", "imma.cuh", BARRIER, ""),
@@ -38,28 +47,67 @@ WRONG_RESULTS = {  # class of bug: family, contraction, file, text, replacement
         "first[0] = f[1], first[1] = f[0], second[0]",
     ),
     "wrong byte transpose": ("dp4a", "grad_weight", "byte_transpose.cuh", "(a, b, 0x5140)", "(a, b, 0x1540)"),
+    "missing wait (wgmma)": (
+        "wgmma",
+        "output",
+        "wgmma.cuh",
+        "wait_for_copies<UNDER_WAY>",
+        "wait_for_copies<UNDER_WAY + 1>",
+    ),
+    "slot reused early (wgmma)": ("wgmma", "output", "wgmma.cuh", "wait_for_products<1>", "wait_for_products<2>"),
+    "wrong phase": ("wgmma", "output", "wgmma.cuh", "STAGES, tile / STAGES & 1)", "STAGES, tile / STAGES + 1 & 1)"),
+    "missing fence": ("wgmma", "output", "wgmma.cuh", "      fence_operands();\n", ""),
+    "missing fence (transposed)": ("wgmma", "grad_weight", "wgmma.cuh", "      fence_operands();\n", ""),
+    "wrong descriptor: groups of rows": (
+        "wgmma",
+        "output",
+        "wgmma_tile.cuh",
+        "STRIDE = GROUP_BYTES / 16",
+        "STRIDE = ROW_BYTES / 16",
+    ),
+    "wrong descriptor: k permuted twice": (
+        "wgmma",
+        "output",
+        "wgmma_tile.cuh",
+        "shared_address(tile) + row * ROW_BYTES + k;",
+        "shared_address(tile) + offset(row + 1, k) - ROW_BYTES;",
+    ),
+    "wrong swizzle": ("wgmma", "output", "wgmma_tile.cuh", "(k / 16 ^ row % 8)", "(k / 16 ^ row / 2 % 8)"),
     "last piece of k dropped": ("imma", "output", "sources.cuh", "k_left > 0", "k_left > 16"),
 }
 
 
 @pytest.mark.parametrize("bug", WRONG_RESULTS)
-def test_wrong_results_in_some_schedule(bug):
+def test_wrong_results_or_a_deadlock_in_some_schedule(bug):
     family, contraction, file, text, replacement = WRONG_RESULTS[bug]
     arch, variant = SMALL[family]
-    a, b = random_plane((80, 400)), random_plane((72, 400))
+    a, b = random_plane((80, 700)), random_plane((72, 700))  # more tiles than buffers
     if contraction == "grad_weight":
-        a, b = random_plane((400, 80)), random_plane((400, 72))
+        a, b = random_plane((700, 80)), random_plane((700, 72))
     truth = expected_sums(contraction, a, b)
     wrong = []
     for schedule, copies in SCHEDULES:
         device = EmulatedDevice(arch, Machine(schedule=schedule, copies=copies), edits={file: (text, replacement)})
-        wrong.append(not torch.equal(gemm(device, contraction, a, b, Result(dtype=torch.int64), variant), truth))
+        try:
+            sums = gemm(device, contraction, a, b, Result(dtype=torch.int64), variant)
+            wrong.append(not torch.equal(sums, truth))
+        except KernelError as error:
+            wrong.append("deadlock" in str(error))
     assert any(wrong)
 
 
 SANITIZER_CASES = {  # name: sanitizer, kernel, family, {file: (text, replacement)}, report
     "gemm_imma races": ("thread", "gemm", "imma", {}, ""),
     "gemm_dp4a races": ("thread", "gemm", "dp4a", {}, ""),
+    "gemm_wgmma races": ("thread", "gemm", "wgmma", {}, ""),
+    "conv_wgmma races": ("thread", "conv", "wgmma", {}, ""),
+    "slot reused early (wgmma)": (
+        "thread",
+        "gemm",
+        "wgmma",
+        {"wgmma.cuh": (RELEASE, RELEASED_BEFORE_IT_IS_READ)},
+        "data race",
+    ),
     "conv_imma races": ("thread", "conv", "imma", {}, ""),
     "columns races": ("thread", "columns", "imma", {}, ""),
     "missing barrier (columns)": (
@@ -73,6 +121,8 @@ SANITIZER_CASES = {  # name: sanitizer, kernel, family, {file: (text, replacemen
     "slot reused early": ("thread", "gemm", "imma", {"imma.cuh": WRONG_RESULTS["slot reused early"][3:]}, "data race"),
     "gemm_imma bounds": ("address", "gemm", "imma", {}, ""),
     "gemm_dp4a bounds": ("address", "gemm", "dp4a", {}, ""),
+    "gemm_wgmma bounds": ("address", "gemm", "wgmma", {}, ""),
+    "conv_wgmma bounds": ("address", "conv", "wgmma", {}, ""),
     "conv_imma bounds": ("address", "conv", "imma", {}, ""),
     "conv_direct bounds": ("address", "direct", "imma", {}, ""),
     "columns bounds": ("address", "columns", "imma", {}, ""),
@@ -105,8 +155,8 @@ from lightning_int8.kernels.reductions import absmax, error_sums, histogram
 from lightning_int8.spec import OperandSpec
 
 def run_gemm(device, variant):
-    gemm(device, "output", random_plane((61, 448)), random_plane((70, 448)), None, variant)
-    gemm(device, "grad_weight", random_plane((100, 62)), random_plane((100, 70)), None, variant)
+    gemm(device, "output", random_plane((61, 700)), random_plane((70, 700)), None, variant)
+    gemm(device, "grad_weight", random_plane((700, 62)), random_plane((700, 70)), None, variant)
 
 def run_conv(device, variant, channels=16, groups=1):
     both = dict(kernel_size=(3, 3), stride=(2, 1), dilation=(1, 2), padding=((1, 1), (0, 2)), groups=groups)

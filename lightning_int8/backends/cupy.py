@@ -20,7 +20,7 @@ from lightning_int8.spec import OperandSpec
 
 
 class CuPy(Backend):
-    """INT8 products by tensor cores (mma.sync) from sm_75 on and by DP4A before, down to sm_61.
+    """INT8 products by tensor cores (wgmma on sm_90a, mma.sync from sm_75 on) and by DP4A before, down to sm_61.
 
     Args:
         device_of: The machine that computes with a tensor; the tests have one on the CPU.

@@ -14,7 +14,7 @@ from lightning_int8.kernels.catalogue import catalogue
 from lightning_int8.kernels.machine_code import report
 from lightning_int8.kernels.nvrtc import compiler_for
 
-DEFAULT_ARCHITECTURES = "75,80,86,89,90,100,120"
+DEFAULT_ARCHITECTURES = "75,80,86,89,90a,100,120"
 
 
 def main(arguments: Sequence[str]) -> int:
