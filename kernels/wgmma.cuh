@@ -4,6 +4,11 @@
 // all columns each. A buffer goes back and forth between them by two barriers: `full` counts producer threads, `empty`
 // consumer warps. Copies are cp.async and not TMA: only so can the sources of the other families, with their gaps and
 // gathered pixels, serve here.
+//
+// An operand whose rows are the fast index is transposed by the producers, not stored twice by quantize.cu: an unfolded
+// image cannot be. At 128 x 256 a tile takes the tensor cores 1024 cycles (by the data sheet), and a scheduler has its
+// producer warp and two consumer warps to issue for: 372 (nt), 775 (nn) or 998 (tn) instructions of the one and twice
+// 120 of the others, counted in the machine code. So tn, and it alone, should be bound by what it issues.
 #pragma once
 #include "warp_slab.cuh"
 #include "wgmma_tile.cuh"

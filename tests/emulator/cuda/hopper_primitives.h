@@ -35,7 +35,9 @@ struct Descriptor {
   }
   u32 word(unsigned row, unsigned k) const {
     if (place(row, k) + 4 > block.shared_bytes) fail("wgmma: an operand lies outside shared memory");
-    return *reinterpret_cast<const u32*>(block.operands + place(row, k));
+    const u32 fenced = *reinterpret_cast<const u32*>(block.operands + place(row, k));
+    const u32 written = *reinterpret_cast<const u32*>(block.shared + place(row, k));
+    return fenced == written ? fenced : 0x9e3779b9 * (fenced ^ written);  // written over and not fenced: noise
   }
   void check() const {
     if (field(62, 2) != 1) fail("wgmma: the emulated machine knows the 128-byte swizzle alone");
