@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "asynchronous.h"
 #include "fiber.h"
 
 namespace emulator {
@@ -27,33 +28,6 @@ struct Warp {
   unsigned threads = 0;
   Posted posted[2][WARP_LANES];  // in turn, so that one barrier an exchange is enough
 };
-
-// Asynchronous operations of a thread, by the groups in which they are waited for.
-template <class Operation>
-struct Queue {
-  std::vector<Operation> operations;
-  int group = 0;
-
-  void defer(const Operation& operation) {
-    operations.push_back(operation);
-    operations.back().group = group;
-  }
-  bool next_due(int groups_that_may_stay, Operation* due) {
-    for (size_t i = 0; i < operations.size(); i++) {
-      if (operations[i].group >= group - groups_that_may_stay) continue;
-      *due = operations[i];
-      operations.erase(operations.begin() + i);
-      return true;
-    }
-    return false;
-  }
-};
-
-struct MemoryBarrier {  // mbarrier; its bits are opaque to kernels
-  uint16_t magic, arrivals, pending, phase;
-  static constexpr uint16_t MAGIC = 0x5ba7;
-};
-static_assert(sizeof(MemoryBarrier) == 8);
 
 struct Worker : Thread {
   Fiber fiber;
