@@ -1,7 +1,7 @@
 """Training curves of a network that INT8 gradients are hard on, with and without each part of a method.
 
 Trains every variant once per seed from the same weights on the same batches and writes the loss, averaged over windows
-of steps, and the test accuracy at intervals. Started again with the same settings it goes on where it was cut off;
+of steps, and the test accuracy at the end. Started again with the same settings it goes on where it was cut off;
 several processes, with other seeds or variants each, may write one file. ``--plot`` draws what the file holds.
 
     python benchmarks/curves.py --data cifar10 --model mobilenetv2 --max-steps 600 --seeds 0 1 2

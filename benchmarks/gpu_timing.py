@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_int8.kernels.variants import compute_capability
 from records import machine
 from torch import Tensor
 
 from lightning_int8.backends.cupy import CuPy
 from lightning_int8.cli.nvidia_driver import driver
+from lightning_int8.kernels.variants import compute_capability
 
 FAMILIES = {"dp4a": "sm_61", "imma": "sm_80"}
 """Families that can be forced, and the architecture for which launchers choose them."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning_int8.kernels.planes import pitch
 from torch import Tensor
+
+from lightning_int8.kernels.planes import pitch
 
 BLOCK_THREADS = 256
 MOST_ACROSS = 32

@@ -8,13 +8,13 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lightning_int8.geometry import ConvGeometry, Residue
 from lightning_int8.kernels import conv_sums
 from lightning_int8.kernels.device import pointer
 from lightning_int8.kernels.parameters import fast_divisor
 from lightning_int8.kernels.planes import ALIGNMENT, matrix_fields, pitch
-from torch import Tensor
-
-from lightning_int8.geometry import ConvGeometry, Residue
 from lightning_int8.numerics import Plane
 
 _NO_DIVISORS = [fast_divisor(1)] * 3

@@ -5,11 +5,11 @@ from __future__ import annotations
 from math import prod
 
 import torch
-from lightning_int8.kernels.planes import pitch
 from torch import Tensor
 
 from lightning_int8.backends import im2col
 from lightning_int8.geometry import ConvGeometry, Residue
+from lightning_int8.kernels.planes import pitch
 from lightning_int8.numerics import Plane
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from lightning_int8.geometry import ConvGeometry
 from lightning_int8.kernels.conv_fields import (
     Product,
     fill_of,
@@ -16,9 +19,6 @@ from lightning_int8.kernels.planes import padded
 from lightning_int8.kernels.result import Result, epilogue_fields
 from lightning_int8.kernels.split import WHOLE, finish, plan_split
 from lightning_int8.kernels.variants import Variant, choose, variants
-from torch import Tensor
-
-from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX, Plane
 from lightning_int8.spec import INT32_MAX
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from lightning_int8.kernels.build import cubin
 from lightning_int8.kernels.device import Launch, Program
 from lightning_int8.kernels.nvrtc import Nvrtc, compiler_of

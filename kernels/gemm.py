@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from lightning_int8.kernels.device import Device, Program
 from lightning_int8.kernels.parameters import GEMM, by_value
 from lightning_int8.kernels.planes import matrix_fields, padded
 from lightning_int8.kernels.result import Result, epilogue_fields
 from lightning_int8.kernels.split import finish, plan_split
 from lightning_int8.kernels.variants import Variant, choose, variants
-from torch import Tensor
-
 from lightning_int8.numerics import Plane
 
 LAYOUTS = {"output": "nt", "grad_input": "nn", "grad_weight": "tn"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning_int8.kernels.device import pointer
 from torch import Tensor
+
+from lightning_int8.kernels.device import pointer
 
 ALIGNMENT = 16
 """Bytes that one thread copies at a time."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from lightning_int8.kernels.columns import ENTRIES, column_grid, matrix_of
 from lightning_int8.kernels.device import Device, Program, pointer
 from lightning_int8.kernels.parameters import QUANTIZE, by_value
 from lightning_int8.kernels.planes import empty_planes
-from torch import Tensor
-
 from lightning_int8.numerics import Plane, Quantized, plane_count
 from lightning_int8.spec import OperandSpec
 

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from lightning_int8.kernels.columns import ENTRIES, column_grid, matrix_of
 from lightning_int8.kernels.device import Device, Program, pointer
 from lightning_int8.kernels.parameters import ABSMAX, ERROR_SUMS, HISTOGRAM, by_value
-from torch import Tensor
-
 from lightning_int8.numerics import Quantized
 
 OCTAVES, BINS_PER_OCTAVE = 23, 2048

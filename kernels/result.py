@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning_int8.kernels.device import pointer
 from torch import Tensor
 
+from lightning_int8.kernels.device import pointer
 from lightning_int8.numerics import Plane
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3}

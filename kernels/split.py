@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_int8.kernels.device import Device, Launch, pointer
 from torch import Tensor
 
+from lightning_int8.kernels.device import Device, Launch, pointer
 from lightning_int8.numerics import LOWER_PLANE_MAX
 from lightning_int8.spec import INT32_MAX
 

@@ -184,7 +184,7 @@ def affine_map(clip_value: Tensor, bits: int, affine: bool) -> AffineMap:
     Args:
         clip_value: float32. Symmetric: ``()`` or ``(C,)``, the largest magnitude. Affine: a leading axis of two, the
             magnitudes of the smallest and the largest value, so that the range always includes 0.
-        bits: 8, 16 or 24.
+        bits: One of ``BITS``.
         affine: Whether the range has a zero point.
     """
     largest = largest_integer(bits)

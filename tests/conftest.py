@@ -76,6 +76,23 @@ class Digits(LightningModule):
     test_dataloader = predict_dataloader = val_dataloader
 
 
+class TwoOptimizers(Digits):
+    """Body and head take turns, so that each sees every other step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch):
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net[:4], self.net[4:])]
+
+
 def same(a, b):
     """Whether two nests of tensors and primitives are equal, bit for bit, in the same order."""
     if isinstance(a, torch.Tensor):

@@ -4,10 +4,10 @@ import shutil
 
 import pytest
 import torch
-from lightning_int8.kernels import variants
 
 from lightning_int8 import backends
 from lightning_int8.backends.base import output_scales
+from lightning_int8.kernels import variants
 from lightning_int8.numerics import Plane, Quantized
 
 needs_compiler = pytest.mark.skipif(

@@ -13,11 +13,11 @@ import pytest
 import torch
 from emulator.device import EmulatedDevice
 from kernel_cases import needs_compiler
-from lightning_int8.kernels.cuda_device import cuda_device
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_int8 import backends
 from lightning_int8.backends.cupy import CuPy
+from lightning_int8.kernels.cuda_device import cuda_device
 
 FAMILIES = {"dp4a": "sm_61", "imma-staged": "sm_75", "imma": "sm_80", "wgmma": "sm_90a"}
 """Family of kernels, and the architecture for which launchers choose it."""

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import BATCHES, Digits, same, snapshot
+from conftest import BATCHES, Digits, TwoOptimizers, same, snapshot
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import nn
 
 from lightning_int8 import Int8Precision, recipes
 from lightning_int8.callbacks import AdaptiveBitWidth, DeviationCounteractiveLR, QuantizationMonitor
@@ -99,27 +98,10 @@ def test_the_monitor_measures_every_operand_at_its_interval(make_trainer):
     assert records[0][1]["quantization/net.4/output.rhs/saturation"] == 0.0
 
 
-class Alternating(Digits):
-    """Two optimizers that step once each in every batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net[:4], self.net[4:])]
-
-
 @pytest.mark.parametrize(("every", "steps"), [(1, [2, 4, 6, 8, 10, 12]), (2, [2, 4, 6, 8, 10, 12]), (4, [2, 6, 10])])
 def test_records_come_where_a_batch_brings_two_steps(every, steps, make_trainer):
     callback, logger = QuantizationMonitor(log_every_n_steps=every), Recording()
-    make_trainer(Int8Precision(), callbacks=[callback], logger=logger, limit_val_batches=0).fit(Alternating())
+    make_trainer(Int8Precision(), callbacks=[callback], logger=logger, limit_val_batches=0).fit(TwoOptimizers())
     assert [step for step, record in logger.records if "epoch" not in record] == steps
 
 

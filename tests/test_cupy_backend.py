@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import random_plane
-from lightning_int8.kernels import cuda_device
 from machines import moved
 from test_conformance import PLANE_SUM_ULPS, cases, conv_layers, geometries, max_plane_product
 
@@ -16,6 +15,7 @@ from lightning_int8 import backends, convert, gemm_counts
 from lightning_int8.backends import Counts
 from lightning_int8.backends.base import plane_pairs
 from lightning_int8.geometry import ConvGeometry
+from lightning_int8.kernels import cuda_device
 from lightning_int8.numerics import Quantized
 
 

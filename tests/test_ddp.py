@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Digits, same
+from conftest import Digits, TwoOptimizers, same
 from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
@@ -36,23 +36,6 @@ class Branching(Digits):
     def forward(self, x):
         y = self.net(x)
         return y + self.extra(y) if self.global_rank == 0 else y
-
-
-class TwoOptimizers(Digits):
-    """Body and head take turns, so that each sees every other step."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-            optimizer.step()
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), 0.05) for part in (self.net[:4], self.net[4:])]
 
 
 class Uneven(Digits):

@@ -7,6 +7,7 @@ from emulator import KernelError, Machine, Module
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import SCHEDULES, needs_compiler
+
 from lightning_int8.kernels.build import headers
 
 pytestmark = needs_compiler

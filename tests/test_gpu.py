@@ -11,12 +11,12 @@ import torch
 from conftest import Digits, read_digits
 from hypothesis import given, settings
 from kernel_cases import random_plane
-from lightning_int8.kernels.cuda_device import cuda_device
 from test_checkpoint import Resumable
 from test_kernels_quantize import cases as quantize_cases
 from test_kernels_quantize import equal_planes
 
 from lightning_int8 import Int8Precision, Recipe, backends, convert, gemm_counts, numerics
+from lightning_int8.kernels.cuda_device import cuda_device
 from lightning_int8.rewrite import layer_states
 from lightning_int8.spec import ContractionSpec, OperandSpec
 from lightning_int8.vision.required import contractions_of_a_run, contractions_of_one_step, mismatches

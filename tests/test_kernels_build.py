@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+from lightning_int8.cli import main
 from lightning_int8.kernels import build, cuda_device, machine_code, nvrtc
 from lightning_int8.kernels.catalogue import PLAIN, TILED, catalogue
 from lightning_int8.kernels.device import Program
 from lightning_int8.kernels.variants import compute_capability
-
-from lightning_int8.cli import main
 
 ARCHITECTURES = {  # INT8 instructions, and how many of them the kernel of a tile has
     "61": {"128x128": ("dp4a.s32.s32", 512), "64x64": ("dp4a.s32.s32", None)},

@@ -10,14 +10,14 @@ from emulator.device import EmulatedDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import SCHEDULES, SMALL, expected_sums, needs_compiler, random_plane, scaled
+from test_conformance import geometries, shapes
+
+from lightning_int8.geometry import ConvGeometry
 from lightning_int8.kernels import convolution as launches
 from lightning_int8.kernels import split, variants
 from lightning_int8.kernels.convolution import convolution
 from lightning_int8.kernels.parameters import fast_divisor
 from lightning_int8.kernels.result import Result
-from test_conformance import geometries, shapes
-
-from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX
 from lightning_int8.spec import CHANNEL_AXIS, CONTRACTIONS, INT32_MAX
 

@@ -7,10 +7,10 @@ from emulator.device import EmulatedDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import SCHEDULES, SMALL, expected_sums, needs_compiler, random_plane, scaled
+
 from lightning_int8.kernels import split, variants
 from lightning_int8.kernels.gemm import LAYOUTS, gemm
 from lightning_int8.kernels.result import Result
-
 from lightning_int8.numerics import LOWER_PLANE_MAX
 from lightning_int8.spec import INT32_MAX
 

@@ -5,6 +5,7 @@ import torch
 from emulator import KernelError, Machine, sanitizers
 from emulator.device import EmulatedDevice
 from kernel_cases import SCHEDULES, SMALL, expected_sums, needs_compiler, random_plane
+
 from lightning_int8.kernels.gemm import gemm
 from lightning_int8.kernels.result import Result
 

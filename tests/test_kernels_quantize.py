@@ -6,10 +6,10 @@ from emulator.device import EmulatedDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import needs_compiler
-from lightning_int8.kernels.planes import pitch
-from lightning_int8.kernels.quantize import quantize
 
 from lightning_int8 import numerics
+from lightning_int8.kernels.planes import pitch
+from lightning_int8.kernels.quantize import quantize
 from lightning_int8.numerics import TRUTH_TABLE
 from lightning_int8.policies import WIDTHS
 from lightning_int8.spec import OperandSpec

@@ -7,10 +7,10 @@ from emulator.device import EmulatedDevice
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import needs_compiler
-from lightning_int8.kernels.quantize import quantize
-from lightning_int8.kernels.reductions import BINS_PER_OCTAVE, OCTAVES, SUMS, absmax, error_sums, histogram
 
 from lightning_int8 import numerics
+from lightning_int8.kernels.quantize import quantize
+from lightning_int8.kernels.reductions import BINS_PER_OCTAVE, OCTAVES, SUMS, absmax, error_sums, histogram
 from lightning_int8.policies import WIDTHS
 from lightning_int8.spec import OperandSpec
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import itertools
 import math
 
 import pytest
@@ -317,7 +316,3 @@ def test_factors_worked_out_in_the_methods(distance, factor):
 def test_a_bad_field_is_refused_by_name(fields):
     with pytest.raises(ValueError, match=f"^{next(iter(fields))}: "):
         DeviationFactor(**fields)
-
-
-def test_every_combination_of_the_matrix_is_there():
-    assert len(list(itertools.product(SCHEDULERS, OPTIMIZERS, ("foreach", "fused"), (1, 4)))) == 48

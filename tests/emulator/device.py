@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import lightning_int8.kernels
-from lightning_int8.kernels.device import Program
-
 from emulator.module import Kernel, Machine, Module
+from lightning_int8.kernels.device import Program
 
 SOURCES = Path(lightning_int8.kernels.__file__).parent
 
