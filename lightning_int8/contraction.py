@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_int8.backends import Counts, backend_for
+from lightning_int8.backends import Backend, Counts, backend_for
+from lightning_int8.backends.cpu.expression import Expression, Term
 from lightning_int8.clock import Clock
+from lightning_int8.fusion import Deferred
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Quantized
 from lightning_int8.operand import Operand, make_operands
@@ -24,6 +26,7 @@ class LayerState:
         name: Name of the layer in the model that was converted.
         recipe: Its numerics.
         backend: Choice of backend, resolved at each call by the device of the input.
+        fuse: Whether a convolution may return a deferred tensor.
         clock: Steps of the model, shared by its layers.
         operands: Operand of each slot; slots may share one.
         counts: Contractions executed.
@@ -33,10 +36,13 @@ class LayerState:
         factor: Factor of the layer's updates, in force at the next optimizer step.
     """
 
-    def __init__(self, name: str, layer: nn.Module, recipe: Recipe, backend: str, clock: Clock, seed: int) -> None:
+    def __init__(
+        self, name: str, layer: nn.Module, recipe: Recipe, backend: str, clock: Clock, seed: int, fuse: bool
+    ) -> None:
         self.name = name
         self.recipe = recipe
         self.backend = backend
+        self.fuse = fuse
         self.clock = clock
         self.operands = make_operands(recipe, name, layer, clock, seed)
         self.counts = Counts()
@@ -79,26 +85,34 @@ class LayerState:
 
 @torch.compiler.disable
 def contract(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: LayerState, geometry: ConvGeometry | None, training: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: LayerState,
+    geometry: ConvGeometry | None,
+    training: bool,
+    channels_last: bool = True,
 ) -> Tensor:
     """x · w + bias with INT8 operands, and its two derivatives with INT8 operands.
 
     Args:
-        x: float32, bfloat16 or float16, canonical: ``(rows, C)``, or ``(N, *in, C)`` with ``geometry``.
-        weight: ``(Co, C)``, or ``(Co, *kernel, C / groups)`` with ``geometry``.
+        x: float32, bfloat16 or float16, ``(rows, C)``, or ``(N, C, *in)`` with ``geometry``; it may be deferred.
+        weight: ``(Co, C)``, or ``(Co, C / groups, *kernel)`` with ``geometry``.
         bias: ``(Co,)`` or None.
         state: The layer.
         geometry: The convolution, None for a matrix product.
         training: Whether the layer is in training mode.
+        channels_last: Memory format of the result of a convolution.
 
     Returns:
-        ``(rows, Co)`` or ``(N, *out, Co)`` in the autocast dtype where autocast is on, else in the dtype of ``x``.
+        ``(rows, Co)`` or ``(N, Co, *out)`` in the autocast dtype where autocast is on, else in the dtype of ``x``; of a
+        convolution a deferred tensor where the layer may fuse.
     """
     differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     # Gradients of a layer in eval mode (frozen batch norm is often trained so) make it part of training all the same.
     training = training or differentiable
     state.train_calls += training
-    return _Contraction.apply(x, weight, bias, state, geometry, training, differentiable)
+    return _Contraction.apply(x, weight, bias, state, geometry, training, differentiable, channels_last)
 
 
 class _Contraction(torch.autograd.Function):
@@ -112,6 +126,7 @@ class _Contraction(torch.autograd.Function):
         geometry: ConvGeometry | None,
         training: bool,
         differentiable: bool,
+        channels_last: bool,
     ) -> Tensor:
         backend, operands = backend_for(x, state.backend), state.operands
         # A forward inside a backward is the recomputation of a checkpointed segment: same draw, nothing updated.
@@ -120,22 +135,30 @@ class _Contraction(torch.autograd.Function):
         if fresh and state.clock.order is not None and state.name not in state.clock.order:
             state.clock.order.append(state.name)
         keys = {o: o.draw(fresh) for o in state.distinct_operands()}
+        dtype = _output_dtype(x)
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
 
         with torch.autocast(x.device.type, enabled=False):
-            qx = planes.of(operands["output.lhs"], x, keys)
-            qw = planes.of(operands["output.rhs"], weight, keys)
+            source, w = _canonical(x, geometry, backend), _canonical(weight, geometry, backend)
+            qx = planes.of(operands["output.lhs"], source, keys)
+            qw = planes.of(operands["output.rhs"], w, keys)
             y = backend.output(qx, qw, geometry, state.counts)
             if bias is not None:
                 y += bias.float()
             needs_x, needs_w = (differentiable and needed for needed in ctx.needs_input_grad[:2])
-            saved_w = planes.of(operands["grad_input.rhs"], weight, keys) if needs_x else None
-            saved_x = planes.of(operands["grad_weight.rhs"], x, keys) if needs_w else None
+            saved_w = planes.of(operands["grad_input.rhs"], w, keys) if needs_x else None
+            saved_x = planes.of(operands["grad_weight.rhs"], source, keys) if needs_w else None
 
         # The gradient comes once, to the recomputed graph (reentrant checkpointing) or to the first one.
         ctx.state, ctx.geometry, ctx.keys, ctx.update = state, geometry, keys, training
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         _save(ctx, saved_w, saved_x)
-        return y.to(_output_dtype(x))
+        y = y.to(dtype)
+        if geometry is None:
+            return y
+        if state.fuse and backend.fuses and dtype == torch.float32 and not torch.jit.is_tracing():
+            return Deferred(Expression((Term(y),)), channels_last)
+        # `.data`, since autograd must not take the output for a view.
+        return y.movedim(-1, 1).data if channels_last else y.movedim(-1, 1).contiguous()
 
     @staticmethod
     @torch.compiler.disable
@@ -152,26 +175,40 @@ class _Contraction(torch.autograd.Function):
         x_dtype, w_dtype, bias_dtype = ctx.dtypes
         grad_x = grad_w = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
+            g = _canonical(grad_output, ctx.geometry, backend)
             if saved_w is not None:
-                qg = planes.of(operands["grad_input.lhs"], grad_output, ctx.keys)
+                qg = planes.of(operands["grad_input.lhs"], g, ctx.keys)
                 grad_x = backend.grad_input(qg, saved_w, ctx.geometry, state.counts).to(x_dtype)
             if saved_x is not None:
-                qg = planes.of(operands["grad_weight.lhs"], grad_output, ctx.keys)
+                qg = planes.of(operands["grad_weight.lhs"], g, ctx.keys)
                 grad_w = backend.grad_weight(qg, saved_x, ctx.geometry, state.counts).to(w_dtype)
             if ctx.needs_input_grad[2]:
-                grad_bias = grad_output.float().flatten(0, -2).sum(0).to(bias_dtype)
-        return grad_x, grad_w, grad_bias, None, None, None, None
+                grad_bias = _channel_sums(g).to(bias_dtype)
+        if ctx.geometry is not None:
+            grad_x, grad_w = (t if t is None else t.movedim(-1, 1) for t in (grad_x, grad_w))
+        return grad_x, grad_w, grad_bias, None, None, None, None, None
+
+
+def _canonical(t: Tensor, geometry: ConvGeometry | None, backend: Backend) -> Tensor | Expression:
+    """A tensor of a convolution with its channels last, of a matrix product as it is; deferred ones stay so."""
+    if isinstance(t, Deferred):
+        return t.source() if backend.fuses else t.plain().movedim(1, -1)
+    return t if geometry is None else t.movedim(1, -1)
+
+
+def _channel_sums(g: Tensor | Expression) -> Tensor:
+    return g.channel_sums() if isinstance(g, Expression) else g.float().flatten(0, -2).sum(0)
 
 
 class _Planes:
     """Planes of the operands of one pass, each computed once."""
 
-    def __init__(self, backend: Any, update: bool) -> None:
+    def __init__(self, backend: Backend, update: bool) -> None:
         self._backend = backend
         self._update = update
         self._made: dict[Operand, Quantized] = {}
 
-    def of(self, operand: Operand, tensor: Tensor, keys: dict[Operand, Tensor]) -> Quantized:
+    def of(self, operand: Operand, tensor: Tensor | Expression, keys: dict[Operand, Tensor]) -> Quantized:
         if operand not in self._made:
             self._made[operand] = operand.quantize(tensor, keys[operand], self._backend, self._update)
         return self._made[operand]

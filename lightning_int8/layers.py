@@ -104,9 +104,7 @@ class _Int8Conv(_Int8Layer):
                 f"layer {self.int8_state.name!r}: input shape: the padded size {tuple(x.shape[2:])} is smaller than "
                 f"the kernel {self.kernel_size} at dilation {self.dilation}"
             )
-        x, weight = x.movedim(1, -1), self.weight.movedim(1, -1)
-        y = contract(x, weight, self.bias, self.int8_state, geometry, self.training).movedim(-1, 1)
-        return y if channels_last else y.contiguous()
+        return contract(x, self.weight, self.bias, self.int8_state, geometry, self.training, channels_last)
 
     def _zero_padding(self) -> tuple[tuple[int, int], ...]:
         if self.padding_mode != "zeros":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_int8.backends import Backend
+from lightning_int8.backends.cpu.expression import Expression, values_of
 from lightning_int8.bit_width import AdaptiveWidth
 from lightning_int8.clock import Clock
 from lightning_int8.measures import QuantizationError
@@ -77,11 +78,11 @@ class Operand:
             self.key[2] += 1
         return self.key.clone()
 
-    def quantize(self, x: Tensor, key: Tensor, backend: Backend, update: bool) -> Quantized:
+    def quantize(self, x: Tensor | Expression, key: Tensor, backend: Backend, update: bool) -> Quantized:
         """Planes of ``x``.
 
         Args:
-            x: Canonical order.
+            x: Canonical order; an expression only for a backend that fuses.
             key: What ``draw`` gave for this call.
             backend: Computes the planes.
             update: Whether this call is part of training, hence may refresh the clip value.
@@ -89,15 +90,17 @@ class Operand:
         clip_value = self._current_clip_value(x, backend, update)
         spec = self.spec if self.bits == self.spec.bits else replace(self.spec, bits=self.bits)
         if update and self._clock.monitored:
-            self.error = backend.quantization_error(x, [clip_value], [self.bits], spec.affine, self.axis)
+            values = values_of(x)
+            self.error = backend.quantization_error(values, [clip_value], [self.bits], spec.affine, self.axis)
         return backend.quantize(x, clip_value, spec, self.axis, key)
 
-    def _current_clip_value(self, x: Tensor, backend: Backend, update: bool) -> Tensor:
+    def _current_clip_value(self, x: Tensor | Expression, backend: Backend, update: bool) -> Tensor:
         if self.clip_value is not None and self.clip_value.device != x.device:
             self.clip_value = self.clip_value.to(x.device)
         if not self._due(update):
             assert self.clip_value is not None
             return self.clip_value
+        x = values_of(x)
         again = self._refreshed == self._clock.steps
         previous = self._before_refresh if again else self.clip_value
         adjusts = update and self.width is not None and self.width.is_due(self._clock.steps)

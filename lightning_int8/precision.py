@@ -41,7 +41,8 @@ class Int8Precision(MixedPrecision, *twin("pytorch_lightning", "plugins.precisio
         sync_clip: How DDP ranks agree on clip values after a refresh: "max", "mean" or "local". Learning-rate factors
             and the layers that a recipe keeps in float are the same on all ranks in any case.
         refresh: Optimizer steps between refreshes of clip values whose range rule names no interval.
-        fuse: Whether neighbouring passes may be fused where the result stays the same (this version fuses none).
+        fuse: Whether batch norm, ReLU, addition and max pooling between convolutions are computed while their result is
+            quantized, on the CPU; see ``docs/fusion.md``.
         seed: Seed of stochastic rounding.
 
     Raises:

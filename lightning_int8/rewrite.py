@@ -63,7 +63,8 @@ def convert(
         skip: Names or globs of layers, or of modules that contain them, to keep in float.
         layers: "int8" converts every layer that can be.
         backend: "auto" chooses by the device of the input at each call; or the name of one.
-        fuse: Whether neighbouring passes may be fused where the result stays the same (this version fuses none).
+        fuse: Whether batch norm, ReLU, addition and max pooling between convolutions are computed while their result is
+            quantized, on the CPU; see ``docs/fusion.md``.
         seed: Seed of stochastic rounding.
         refresh: Optimizer steps between refreshes of clip values whose range rule names no interval.
 
@@ -110,7 +111,7 @@ def convert_with(model: nn.Module, settings: Settings) -> ConversionReport:
             # All of them, or one that came after an earlier conversion, such as a new head for fine-tuning.
             recipe = settings.recipe.for_layer(names[module])
             with torch.inference_mode(False), torch.device("cpu"):  # whatever the caller's context makes of new tensors
-                state = LayerState(row.name, module, recipe, settings.backend, clock, settings.seed)
+                state = LayerState(row.name, module, recipe, settings.backend, clock, settings.seed, settings.fuse)
             module.__class__ = SWAPS[type(module)]
             module.__dict__["int8_state"] = state
             clock.order = []

@@ -24,6 +24,7 @@ ORDER = (
     {"spec"},
     {"recipe_mapping"},
     {"geometry", "backends", "recipes", "kernels"},
+    {"fusion"},
     {"clock", "bit_width", "operand"},
     {"contraction"},
     {"layers"},

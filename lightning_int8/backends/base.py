@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8 import measures, numerics
+from lightning_int8.backends.cpu.expression import Expression, values_of
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.measures import QuantizationError
 from lightning_int8.numerics import Plane, Quantized, along
@@ -35,28 +36,32 @@ class Backend(ABC):
         name: What counters and reports call it.
         integer: Whether the products are 8-bit integer products, so that they count as INT8.
         exact: Whether the self-check found its sums exact.
+        fuses: Whether it quantizes expressions too, without computing their values first.
     """
 
     name: str
     integer: bool
     exact: bool = True
+    fuses: bool = False
 
     @abstractmethod
     def route(self, convolution: bool) -> str:
         """How a layer is computed, in a few words for the conversion report."""
 
-    def quantize(self, x: Tensor, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
+    def quantize(
+        self, x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor
+    ) -> Quantized:
         """Turn a tensor into planes.
 
         Args:
-            x: float32, bfloat16 or float16, canonical order (any strides).
+            x: float32, bfloat16 or float16, canonical order (any strides); or what is to be computed.
             clip_value: float32, see ``numerics.affine_map``.
             spec: Bits, rounding and zero point.
             axis: Axis of ``clip_value`` where it is a vector.
             key: int64 ``(seed, rank, call)``.
         """
         return numerics.quantize(
-            x.contiguous(),
+            values_of(x).contiguous(),
             clip_value,
             bits=spec.bits,
             affine=spec.affine,

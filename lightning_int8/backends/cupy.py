@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends.base import Backend, Counts, plane_pairs
+from lightning_int8.backends.cpu.expression import Expression, values_of
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.kernels.convolution import convolution
 from lightning_int8.kernels.cuda_device import cuda_device
@@ -36,11 +37,13 @@ class CuPy(Backend):
         """See ``Backend.route``."""
         return "cupy: implicit INT8 product" if convolution else "cupy: INT8 product"
 
-    def quantize(self, x: Tensor, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
+    def quantize(
+        self, x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor
+    ) -> Quantized:
         """See ``Backend.quantize``."""
         if spec.bits == FLAG_BITS:
             return super().quantize(x, clip_value, spec, axis, key)  # no kernel of its own yet
-        x = x.detach().contiguous()
+        x = values_of(x).detach().contiguous()
         return quantize(self._device_of(x), x, clip_value, spec, axis, key.to(x.device, non_blocking=True))
 
     def accumulate(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None) -> Tensor:

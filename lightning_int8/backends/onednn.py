@@ -13,6 +13,7 @@ from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.depthwise_route import Depthwise
 from lightning_int8.backends.cpu.direct_route import Direct
+from lightning_int8.backends.cpu.expression import Expression
 from lightning_int8.backends.cpu.gemm import Gemm
 from lightning_int8.backends.cpu.im2col_route import Im2col
 from lightning_int8.backends.cpu.passes import compiled_pass
@@ -41,6 +42,7 @@ class OneDNN(Backend):
 
     name = "onednn"
     integer = True
+    fuses = QUANTIZE is not None
 
     def __init__(self, matmul: MatMul | None, only: str | None = None) -> None:
         self.exact = matmul is not None
@@ -65,7 +67,9 @@ class OneDNN(Backend):
             return f"onednn: {product}"
         return f"onednn: {product}, fastest of {', '.join(r.name for r in self.convolution_routes)}"
 
-    def quantize(self, x: Tensor, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
+    def quantize(
+        self, x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor
+    ) -> Quantized:
         """See ``Backend.quantize``."""
         if QUANTIZE is None:
             return super().quantize(x, clip_value, spec, axis, key)

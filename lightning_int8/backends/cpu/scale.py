@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_int8.backends.cpu.compiler import at, compiled, wide_vectors
 from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.cpu.tile import tile
 
 _BLOCK = 1024  # elements that one call of the inner loop takes, at least
 _SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
@@ -31,7 +32,7 @@ def scale_into(out: Tensor, sums: Tensor, left: Tensor, right: Tensor) -> None:
         second, block = np.float32(right.item()), _BLOCK
     else:
         repeats = min(rows, -(-_BLOCK // channels))
-        second, block = right.repeat(repeats).numpy(), repeats * channels
+        second, block = tile(right, repeats * channels), repeats * channels
 
     def work(start: int, stop: int) -> None:
         part = slice(start * channels, stop * channels)

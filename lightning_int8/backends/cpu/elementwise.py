@@ -1,0 +1,249 @@
+"""Elementwise passes: blocks computed in the first two levels of cache, loops that the compiler vectorizes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
+from lightning_int8.backends.cpu.expression import MASK_BITS
+from lightning_int8.backends.cpu.unpool import unpool
+
+_FLUSHED = 512  # blocks that are summed in float32 before their sum goes to float64
+_ZERO = np.float32(0.0)
+
+
+class TermSource(NamedTuple):
+    """A term as the compiled passes read it; arrays of size 0 are absent.
+
+    Attributes:
+        values: float32, flat.
+        taps: uint8, flat; where there are any, the values are the gradient of a maximum over windows, see ``pooling``.
+        windows: int64, their geometry.
+        words: uint16, the mask.
+        centre: float32, as long as a block, as are the next two.
+        factor: See ``Term``.
+        offset: See ``Term``.
+    """
+
+    values: np.ndarray
+    taps: np.ndarray
+    windows: np.ndarray
+    words: np.ndarray
+    centre: np.ndarray
+    factor: np.ndarray
+    offset: np.ndarray
+
+
+class Source(NamedTuple):
+    """An expression as the compiled passes read it.
+
+    Attributes:
+        first: The first term.
+        second: The second; without values where there is none.
+        rectified: Whether negative sums become 0.
+        kept_words: uint16, to be filled with the mask of the rectified sum; of size 0 where nobody wants it.
+        kept: float32, flat; to be filled with the values, likewise.
+    """
+
+    first: TermSource
+    second: TermSource
+    rectified: bool
+    kept_words: np.ndarray
+    kept: np.ndarray
+
+
+_ARRAY = types.Array(types.float32, 1, "C")
+
+
+def _vector(context: Any, builder: Any, signature: Any, arguments: Any, array: int) -> Any:
+    """Pointer to a vector of ``MASK_BITS`` elements of argument ``array``, from the index on that follows it."""
+    struct = cgutils.create_struct_proxy(signature.args[array])(context, builder, arguments[array])
+    pointer = builder.gep(struct.data, [arguments[array + 1]])
+    return builder.bitcast(pointer, ir.VectorType(ir.FloatType(), MASK_BITS).as_pointer())
+
+
+@intrinsic
+def _positive(typing_context: Any, x: Any, i: Any) -> Any:
+    """The bits of a word: which of ``x[i : i + MASK_BITS]`` are positive, or no numbers."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = builder.load(_vector(context, builder, signature, arguments, 0), align=4)
+        zero = ir.Constant(value.type, [0.0] * MASK_BITS)
+        return builder.bitcast(builder.fcmp_unordered(">", value, zero), ir.IntType(MASK_BITS))
+
+    return types.uint16(_ARRAY, types.int64), generate
+
+
+@intrinsic
+def _keep(typing_context: Any, out: Any, i: Any, x: Any, j: Any, word: Any) -> Any:
+    """Copy those of ``x[j : j + MASK_BITS]`` to ``out[i:]`` whose bit is set, and 0 for the others."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = builder.load(_vector(context, builder, signature, arguments, 2), align=4)
+        zero = ir.Constant(value.type, [0.0] * MASK_BITS)
+        bits = builder.bitcast(arguments[4], ir.VectorType(ir.IntType(1), MASK_BITS))
+        kept = builder.select(bits, value, zero)
+        builder.store(kept, _vector(context, builder, signature, arguments, 0), align=4)
+        return context.get_dummy_value()
+
+    return types.void(_ARRAY, types.int64, _ARRAY, types.int64, types.uint16), generate
+
+
+@compiled
+def new_buffers(block):
+    """What ``block_values`` works in."""
+    return np.empty(block, np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
+
+
+@compiled
+def block_values(source, start, count, buffers):
+    """Elements ``start`` to ``start + count`` of a source, in the first of the buffers."""
+    out, other, scratch = buffers
+    _term_values(source.first, start, count, out, other, scratch)
+    if source.second.values.size > 0:
+        _term_values(source.second, start, count, other, scratch, scratch)
+        _add(count, other, out)
+    if source.rectified:
+        if source.kept_words.size > 0:
+            _note_positive(out, count, start // MASK_BITS, source.kept_words)
+        _rectify(count, out)
+    if source.kept.size > 0:
+        _copy(out, source.kept[start : start + count])
+    return out[:count]
+
+
+@compiled
+def _term_values(term, start, count, out, spare, scratch):
+    """One term of a block; an unpooled one needs ``spare`` beside ``scratch``."""
+    if term.taps.size > 0:
+        unpool(term.values, term.taps, term.windows, start, count, spare)
+        values = spare[:count]
+    else:
+        values = term.values[start : start + count]
+    if term.words.size > 0 and term.factor.size > 0:
+        _keep_all(values, term.words, start // MASK_BITS, scratch)
+        _apply(count, scratch, term.centre, term.factor, term.offset, out)
+    elif term.words.size > 0:
+        _keep_all(values, term.words, start // MASK_BITS, out)
+    elif term.factor.size > 0:
+        _apply(count, values, term.centre, term.factor, term.offset, out)
+    else:
+        _copy(values, out[:count])
+
+
+# Loops of their own, which the compiler vectorizes: none but the last reads what it writes, and none has an index that
+# might be negative.
+
+
+@compiled
+def _apply(count, x, centre, factor, offset, out):
+    wide_vectors()
+    for i in range(count):
+        out[i] = np.float32(np.float32(np.float32(x[i] - centre[i]) * factor[i]) + offset[i])
+
+
+@compiled
+def _add(count, x, out):
+    wide_vectors()
+    for i in range(count):
+        out[i] += x[i]
+
+
+@compiled
+def _copy(x, out):
+    wide_vectors()
+    for i in range(out.size):
+        out[i] = x[i]
+
+
+@compiled
+def _rectify(count, x):
+    wide_vectors()
+    for i in range(count):
+        x[i] = _ZERO if x[i] <= _ZERO else x[i]
+
+
+@compiled
+def _note_positive(x, count, word, words):
+    """The mask of the first ``count`` elements; ``x`` is whole words long."""
+    wide_vectors()
+    for k in range((count + MASK_BITS - 1) // MASK_BITS):
+        words[word + k] = _positive(x, k * MASK_BITS)
+
+
+@compiled
+def _keep_all(x, words, word, out):
+    wide_vectors()
+    whole = x.size // MASK_BITS
+    for k in range(whole):
+        _keep(out, k * MASK_BITS, x, k * MASK_BITS, words[word + k])
+    for i in range(whole * MASK_BITS, x.size):
+        bit = (words[word + whole] >> (i % MASK_BITS)) & 1
+        out[i] = x[i] if bit else _ZERO
+
+
+@compiled
+def compute_all(source, first, last, block):
+    """Compute elements ``first`` to ``last`` for the sake of what the source keeps of them."""
+    buffers = new_buffers(block)
+    for start in range(first, last, block):
+        block_values(source, start, min(block, last - start), buffers)
+
+
+@compiled
+def square_sums(values, first, last, block, pivot):
+    """Sums of values and of their squares for each place of a block, pivots taken off."""
+    sums, partial = np.zeros((2, block)), np.zeros((2, block), np.float32)
+    sum_x, sum_xx = partial[0], partial[1]
+    for start in range(first, last, block):
+        _add_squares(values[start : start + min(block, last - start)], pivot, sum_x, sum_xx)
+        _flush(start - first, last - start, block, partial, sums)
+    return sums
+
+
+@compiled
+def product_sums(source, first, last, block, other, centre):
+    """Sums of a source and of its product with centred values for each place of a block."""
+    sums, partial = np.zeros((2, block)), np.zeros((2, block), np.float32)
+    sum_x, sum_xy = partial[0], partial[1]
+    buffers = new_buffers(block)
+    for start in range(first, last, block):
+        count = min(block, last - start)
+        x = block_values(source, start, count, buffers)
+        if other.size > 0:
+            _add_products(x, other[start : start + count], centre, sum_x, sum_xy)
+        else:
+            _add(count, x, sum_x)
+        _flush(start - first, last - start, block, partial, sums)
+    return sums
+
+
+@compiled
+def _flush(done, left, block, partial, sums):
+    """Empty the float32 sums into float64 ones, every so many blocks and after the last."""
+    if left <= block or (done // block) % _FLUSHED == _FLUSHED - 1:
+        sums += partial
+        partial[:] = 0
+
+
+@compiled
+def _add_squares(x, pivot, first, second):
+    wide_vectors()
+    for i in range(x.size):
+        d = np.float32(x[i] - pivot[i])
+        first[i] += d
+        second[i] += np.float32(d * d)
+
+
+@compiled
+def _add_products(x, y, centre, first, second):
+    wide_vectors()
+    for i in range(x.size):
+        first[i] += x[i]
+        second[i] += np.float32(x[i] * np.float32(y[i] - centre[i]))

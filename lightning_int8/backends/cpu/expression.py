@@ -1,0 +1,195 @@
+"""Tensors that are not computed yet: a few elementwise operations, done while somebody reads the elements.
+
+Between two convolutions a tensor is normalized, added to, rectified and then quantized. Each of these steps is cheap to
+compute and costs a walk through memory; an ``Expression`` remembers them until the walk that quantizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_int8.backends.cpu.passes import compiled_pass
+
+MASK_BITS = 16
+"""Elements of one word of a mask."""
+
+
+class Mask:
+    """Which elements of a rectified tensor are kept, one bit each.
+
+    Attributes:
+        words: int16 ``(ceil(elements / MASK_BITS),)``, the first element in the lowest bit; None until the tensor is
+            computed for the first time.
+    """
+
+    words: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows over the two spatial axes of ``(N, H, W, C)``.
+
+    Attributes:
+        shape: The tensor.
+        size: Number of windows, down and across.
+        kernel: Rows and columns of one.
+        stride: Distance of neighbours.
+        padding: Rows above and columns to the left that no window counts.
+    """
+
+    shape: tuple[int, int, int, int]
+    size: tuple[int, int]
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def as_integers(self) -> tuple[int, ...]:
+        """Everything but the samples, as compiled passes take it."""
+        return (*self.shape[1:], *self.size, *self.kernel, *self.stride, *self.padding)
+
+
+@dataclass(frozen=True)
+class Unpooled:
+    """Where the maximum of each window was.
+
+    Attributes:
+        taps: uint8 ``(N, *out, C)``, row-major within a window.
+        windows: The windows.
+    """
+
+    taps: Tensor
+    windows: Windows
+
+
+@dataclass(frozen=True)
+class Term:
+    """``factor · (kept(values) - centre) + offset``, channel by channel.
+
+    Attributes:
+        values: float32, canonical, contiguous.
+        affine: float32 ``(3, C)``: centre, factor and offset; None where the term is the kept values themselves.
+        mask: Elements to keep, all others count as 0; None keeps all.
+        unpooled: The values are those of windows, to be put where their maxima were, and added there; or None.
+        version: Of ``values`` when the term was made.
+    """
+
+    values: Tensor
+    affine: Tensor | None = None
+    mask: Mask | None = None
+    unpooled: Unpooled | None = None
+    version: int = -1
+
+    @property
+    def shape(self) -> torch.Size:
+        """Canonical: ``(N, *spatial, C)``."""
+        return self.values.shape if self.unpooled is None else torch.Size(self.unpooled.windows.shape)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the term is its values."""
+        return self.affine is None and self.mask is None and self.unpooled is None
+
+
+class Expression:
+    """The sum of one or two terms, rectified or not.
+
+    Args:
+        terms: What is added; all of one shape.
+        rectified: Whether negative sums become 0.
+        mask: To be filled when the rectified sum is computed.
+        kept: Whether whoever computes this keeps its values too, because they are likely to be wanted again.
+    """
+
+    def __init__(
+        self, terms: tuple[Term, ...], rectified: bool = False, mask: Mask | None = None, kept: bool = False
+    ) -> None:
+        assert 1 <= len(terms) <= 2
+        assert all(t.values.is_contiguous() for t in terms)
+        self.terms = tuple(t if t.version >= 0 else replace(t, version=version_of(t.values)) for t in terms)
+        self.rectified = rectified
+        self.mask = mask
+        self.kept = kept
+
+    @property
+    def shape(self) -> torch.Size:
+        """Canonical: ``(N, *spatial, C)``."""
+        return self.terms[0].shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is to be computed."""
+        return self.terms[0].values.device
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing left to compute."""
+        return len(self.terms) == 1 and self.terms[0].is_plain and not self.rectified
+
+    def values(self) -> Tensor:
+        """float32 values, canonical; computed once."""
+        if not self.is_plain:
+            self.computed(passes().evaluate(self))
+        return self.checked().terms[0].values
+
+    def computed(self, values: Tensor) -> None:
+        """Take over values that a pass has computed along with something else."""
+        self.terms, self.rectified = (Term(values, version=version_of(values)),), False
+
+    def checked(self) -> Expression:
+        """Itself.
+
+        Raises:
+            RuntimeError: A tensor that it reads was changed in place since.
+        """
+        for term in self.terms:
+            if term.version != version_of(term.values):
+                raise RuntimeError(
+                    "a tensor was modified in place after it was added to, normalized or rectified, and before the "
+                    "result was used; convert the model with fuse=False, or modify a copy"
+                )
+        return self
+
+    def rectify(self, mask: Mask | None) -> Expression:
+        """Its positive part.
+
+        Args:
+            mask: To be filled with what is kept; None where nobody asks.
+        """
+        if self.rectified:
+            self.values()
+        return Expression(self.terms, True, mask, self.kept)
+
+    def plus(self, other: Expression) -> Expression:
+        """The sum; what does not fit one walk is computed first."""
+        for part in sorted((self, other), key=lambda e: len(e.terms), reverse=True):
+            if part.rectified or len(self.terms) + len(other.terms) > 2:
+                part.values()
+        return Expression((*self.terms, *other.terms))
+
+    def channel_sums(self) -> Tensor:
+        """float64 ``(C,)`` sums over all but the channels."""
+        return passes().channel_sums(self, None, None)[0]
+
+
+def values_of(x: Tensor | Expression) -> Tensor:
+    """The tensor itself, or the expression's values."""
+    return x.values() if isinstance(x, Expression) else x
+
+
+def passes() -> Any:
+    """The compiled passes over expressions; there are no expressions where they cannot be imported."""
+    return compiled_pass("evaluation")
+
+
+def pooling() -> Any:
+    """The compiled maximum over windows, likewise."""
+    return compiled_pass("pooling")
+
+
+def version_of(values: Tensor) -> int:
+    """Number of changes in place; tensors of inference mode do not count them."""
+    return 0 if values.is_inference() else values._version
