@@ -115,7 +115,7 @@ def test_pooling_is_that_of_torch(shape, arguments, rectified):
 def test_the_maximum_takes_what_is_no_number_as_torch_does():
     values = torch.randn(1, 4, 4, 16)
     values[0, 1, 1, 3], values[0, 0, 0, 5] = torch.nan, -torch.inf
-    pooled = functional.max_pool2d(Deferred(Expression((Term(values),), True), True), 2)
+    pooled = functional.max_pool2d(Deferred(Expression((Term(values),), rectified=True), True), 2)
     expected = functional.max_pool2d(torch.relu(values.movedim(-1, 1)), 2)
     assert torch.equal(pooled.nan_to_num(7.0), expected.nan_to_num(7.0))
 
@@ -136,9 +136,10 @@ def test_planes_of_an_expression_are_those_of_its_values(shape, terms, rectified
     channels = shape[-1]
     mask = Mask()
     first = torch.randn(shape, generator=generator)
-    Expression((Term(first),), True, mask).values()  # fills the mask
-    parts = [Term(first, torch.randn(3, channels, generator=generator), mask), Term(first + 1)][:terms]
-    expression, twin = (Expression(tuple(parts), rectified, kept=kept) for _ in range(2))
+    Expression((Term(first),), None, True, mask).values()  # fills the mask
+    factor, offset = torch.randn(2, channels, generator=generator)
+    parts = (Term(first, factor, mask), Term(first + 1))[:terms]
+    expression, twin = (Expression(parts, offset, rectified, kept=kept) for _ in range(2))
     spec = OperandSpec(bits=bits, rounding=rounding, per=per)
     axis, clip = (None, torch.tensor(2.0)) if per == "tensor" else (-1, torch.rand(channels, generator=generator))
     key = torch.tensor([seed, 0, 1])
@@ -155,7 +156,7 @@ def test_planes_of_an_expression_are_those_of_its_values(shape, terms, rectified
 def test_what_is_not_finite_shows(special):
     values = torch.randn(2, 3, 8)
     values[1, 2, 3] = special
-    rectified = Expression((Term(values),), True, Mask())
+    rectified = Expression((Term(values),), None, True, Mask())
     planes = load("onednn").quantize(rectified, torch.tensor(1.0), OperandSpec(), None, torch.tensor([0, 0, 0])).planes
     expected = torch.relu(values)
     assert torch.equal(rectified.values(), expected) or special is torch.nan

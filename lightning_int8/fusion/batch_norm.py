@@ -67,10 +67,9 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(values, weight)
         ctx.mean, ctx.inverse, ctx.training, ctx.channels_last = mean, inverse, training, x.channels_last
         ctx.set_materialize_grads(False)
-        affine = torch.stack(
-            (mean, _factor(inverse, weight), torch.zeros_like(mean) if bias is None else bias.double())
-        )
-        return Deferred(Expression((Term(values, affine.float()),)), x.channels_last)
+        factor = _factor(inverse, weight)
+        offset = -mean * factor if bias is None else bias.double() - mean * factor
+        return Deferred(Expression((Term(values, factor.float()),), offset.float()), x.channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
@@ -86,14 +85,14 @@ class _BatchNorm(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_bias = total.float()
         if ctx.needs_input_grad[0]:
-            factor, zero = _factor(inverse, weight), torch.zeros_like(mean)
-            # The statistics depend on x too: that takes its mean and its correlation with x out of the gradient.
-            offset = -factor * total / count if ctx.training else zero
-            terms = [replace(g, affine=torch.stack((zero, factor, offset)).float())]
+            factor = _factor(inverse, weight)
+            terms, offset = [replace(g, factor=factor.float())], None
             if ctx.training:
+                # The statistics depend on x too: that takes its mean and its correlation with x out of the gradient.
                 slope = -factor * inverse * inverse * along / count
-                terms.append(Term(values, torch.stack((mean, slope, zero)).float()))
-            grad_x = Deferred(Expression(tuple(terms)), ctx.channels_last)
+                terms.append(Term(values, slope.float()))
+                offset = (-factor * total / count - slope * mean).float()
+            grad_x = Deferred(Expression(tuple(terms), offset), ctx.channels_last)
         return (grad_x, grad_weight, grad_bias, None, None, None, None, None)
 
 

@@ -138,7 +138,7 @@ def canonical(tensor: Tensor | None) -> Expression:
 def plain_term(gradient: Tensor) -> Term:
     """A gradient ``(N, C, *spatial)`` as one term without factors."""
     expression = canonical(gradient)
-    if len(expression.terms) > 1 or expression.terms[0].affine is not None:
+    if len(expression.terms) > 1 or expression.terms[0].factor is not None:
         expression.values()
     return expression.terms[0]
 

@@ -51,10 +51,16 @@ class Columns:
             self._padded = padded(data, correlation.padding, 0 if GATHER is None else GATHER.WIDEST_COPY)
             self._buffer = torch.empty(0, dtype=torch.int8)
 
-    def chunks(self, channels: int) -> Iterator[slice]:
-        """Slices of the batch whose rows with so many channels fit ``COLUMN_BYTES``."""
+    def chunks(self, channels: int, total_bytes: int = 0) -> Iterator[slice]:
+        """Slices of the batch whose rows with so many channels fit ``COLUMN_BYTES``.
+
+        Args:
+            channels: Channels of a row.
+            total_bytes: What each slice is added to: rows may take as much, or adding would take longest.
+        """
         per_sample = self._correlation.positions * prod(self._correlation.taps) * channels
-        step = max(1, COLUMN_BYTES * torch.get_num_threads() // max(1, per_sample))
+        allowed = max(COLUMN_BYTES * torch.get_num_threads(), total_bytes)
+        step = max(1, allowed // max(1, per_sample))
         for start in range(0, self._samples, step):
             yield slice(start, min(start + step, self._samples))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from llvmlite import ir
@@ -18,45 +18,23 @@ _FLUSHED = 512  # blocks that are summed in float32 before their sum goes to flo
 _ZERO = np.float32(0.0)
 
 
-class TermSource(NamedTuple):
-    """A term as the compiled passes read it; arrays of size 0 are absent.
+Source = tuple[
+    np.ndarray,
+    np.ndarray,
+    np.ndarray,
+    np.ndarray,
+    np.ndarray,
+    np.ndarray,
+    np.ndarray,
+    np.ndarray,
+    bool,
+    np.ndarray,
+    np.ndarray,
+]
+"""An expression as the compiled passes read it, in the order of ``block_values``; arrays of size 0 are absent.
 
-    Attributes:
-        values: float32, flat.
-        taps: uint8, flat; where there are any, the values are the gradient of a maximum over windows, see ``pooling``.
-        windows: int64, their geometry.
-        words: uint16, the mask.
-        centre: float32, as long as a block, as are the next two.
-        factor: See ``Term``.
-        offset: See ``Term``.
-    """
-
-    values: np.ndarray
-    taps: np.ndarray
-    windows: np.ndarray
-    words: np.ndarray
-    centre: np.ndarray
-    factor: np.ndarray
-    offset: np.ndarray
-
-
-class Source(NamedTuple):
-    """An expression as the compiled passes read it.
-
-    Attributes:
-        first: The first term.
-        second: The second; without values where there is none.
-        rectified: Whether negative sums become 0.
-        kept_words: uint16, to be filled with the mask of the rectified sum; of size 0 where nobody wants it.
-        kept: float32, flat; to be filled with the values, likewise.
-    """
-
-    first: TermSource
-    second: TermSource
-    rectified: bool
-    kept_words: np.ndarray
-    kept: np.ndarray
-
+A plain tuple: numba keeps the names of classes on disk, where later versions could not read them.
+"""
 
 _ARRAY = types.Array(types.float32, 1, "C")
 
@@ -103,38 +81,51 @@ def new_buffers(block):
 
 @compiled
 def block_values(source, start, count, buffers):
-    """Elements ``start`` to ``start + count`` of a source, in the first of the buffers."""
-    out, other, scratch = buffers
-    _term_values(source.first, start, count, out, other, scratch)
-    if source.second.values.size > 0:
-        _term_values(source.second, start, count, other, scratch, scratch)
-        _add(count, other, out)
-    if source.rectified:
-        if source.kept_words.size > 0:
-            _note_positive(out, count, start // MASK_BITS, source.kept_words)
+    """Elements ``start`` to ``start + count`` of a source, in the first of the buffers.
+
+    Args:
+        source: A tuple of
+
+            - float32, flat: the values of the first term;
+            - uint8, flat: where there are any, those values are the gradient of a maximum over windows, see ``unpool``;
+            - int64: the geometry of the windows;
+            - uint16: the mask of the first term;
+            - float32, flat: the values of the second term;
+            - three of float32, as long as a block: the factor of the first term, of the second, and the offset;
+            - bool: whether negative sums become 0;
+            - uint16, to be filled with the mask of the rectified sum;
+            - float32, flat, to be filled with the values.
+        start: A multiple of the length of a block.
+        count: At most the length of a block.
+        buffers: From ``new_buffers``.
+    """
+    values, taps, windows, words, others, factor, other_factor, offset, rectified, kept_words, kept = source
+    out, unpooled, masked = buffers
+    if taps.size > 0:
+        unpool(values, taps, windows, start, count, unpooled)
+        first = unpooled[:count]
+    else:
+        first = values[start : start + count]
+    if words.size > 0:
+        _keep_all(first, words, start // MASK_BITS, masked)
+        first = masked[:count]
+    if others.size > 0:
+        second = others[start : start + count]
+        if offset.size > 0:
+            _combine(first, second, factor, other_factor, offset, out)
+        else:
+            _plus(first, second, out)
+    elif offset.size > 0:
+        _apply(first, factor, offset, out)
+    else:
+        _copy(first, out[:count])
+    if rectified:
+        if kept_words.size > 0:
+            _note_positive(out, count, start // MASK_BITS, kept_words)
         _rectify(count, out)
-    if source.kept.size > 0:
-        _copy(out, source.kept[start : start + count])
+    if kept.size > 0:
+        _copy(out, kept[start : start + count])
     return out[:count]
-
-
-@compiled
-def _term_values(term, start, count, out, spare, scratch):
-    """One term of a block; an unpooled one needs ``spare`` beside ``scratch``."""
-    if term.taps.size > 0:
-        unpool(term.values, term.taps, term.windows, start, count, spare)
-        values = spare[:count]
-    else:
-        values = term.values[start : start + count]
-    if term.words.size > 0 and term.factor.size > 0:
-        _keep_all(values, term.words, start // MASK_BITS, scratch)
-        _apply(count, scratch, term.centre, term.factor, term.offset, out)
-    elif term.words.size > 0:
-        _keep_all(values, term.words, start // MASK_BITS, out)
-    elif term.factor.size > 0:
-        _apply(count, values, term.centre, term.factor, term.offset, out)
-    else:
-        _copy(values, out[:count])
 
 
 # Loops of their own, which the compiler vectorizes: none but the last reads what it writes, and none has an index that
@@ -142,17 +133,25 @@ def _term_values(term, start, count, out, spare, scratch):
 
 
 @compiled
-def _apply(count, x, centre, factor, offset, out):
+def _combine(x, y, x_factor, y_factor, offset, out):
     wide_vectors()
-    for i in range(count):
-        out[i] = np.float32(np.float32(np.float32(x[i] - centre[i]) * factor[i]) + offset[i])
+    for i in range(x.size):
+        both = np.float32(np.float32(x[i] * x_factor[i]) + np.float32(y[i] * y_factor[i]))
+        out[i] = np.float32(both + offset[i])
 
 
 @compiled
-def _add(count, x, out):
+def _plus(x, y, out):
     wide_vectors()
-    for i in range(count):
-        out[i] += x[i]
+    for i in range(x.size):
+        out[i] = np.float32(x[i] + y[i])
+
+
+@compiled
+def _apply(x, factor, offset, out):
+    wide_vectors()
+    for i in range(x.size):
+        out[i] = np.float32(np.float32(x[i] * factor[i]) + offset[i])
 
 
 @compiled
@@ -219,7 +218,7 @@ def product_sums(source, first, last, block, other, centre):
         if other.size > 0:
             _add_products(x, other[start : start + count], centre, sum_x, sum_xy)
         else:
-            _add(count, x, sum_x)
+            _add(x, sum_x)
         _flush(start - first, last - start, block, partial, sums)
     return sums
 
@@ -230,6 +229,13 @@ def _flush(done, left, block, partial, sums):
     if left <= block or (done // block) % _FLUSHED == _FLUSHED - 1:
         sums += partial
         partial[:] = 0
+
+
+@compiled
+def _add(x, out):
+    wide_vectors()
+    for i in range(x.size):
+        out[i] += x[i]
 
 
 @compiled

@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends.cpu import elementwise
-from lightning_int8.backends.cpu.elementwise import Source, TermSource
-from lightning_int8.backends.cpu.expression import MASK_BITS, Expression, Term
+from lightning_int8.backends.cpu.elementwise import Source
+from lightning_int8.backends.cpu.expression import MASK_BITS, Expression
 from lightning_int8.backends.cpu.threads import split
 from lightning_int8.backends.cpu.tile import tile
 
-_BLOCK = 4096  # elements: what surrounds a block takes as long as a thousand of them
+_BLOCK = 4096  # elements: with their factors they fit the second-level cache, and hide what surrounds a block
 _SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
 _NOTHING = np.empty(0, np.float32)
 _NO_TAPS, _NO_WINDOWS, _NO_WORDS = np.empty(0, np.uint8), np.empty(0, np.int64), np.empty(0, np.uint16)
-_NO_TERM = TermSource(_NOTHING, _NO_TAPS, _NO_WINDOWS, _NO_WORDS, _NOTHING, _NOTHING, _NOTHING)
 
 
 def block_of(channels: int) -> int:
@@ -35,29 +34,41 @@ def source_of(expression: Expression, kept: Tensor | None, block: int | None = N
         kept: float32, flat, to be filled with the values; None where nobody wants them.
         block: Elements of a block, a multiple of the channels; None for ``block_of`` them.
     """
-    terms = expression.checked().terms
+    first, *others = expression.checked().terms
+    assert not any(t.is_gradient for t in others)
     block = block or block_of(expression.shape[-1])
-    words = _NO_WORDS
+    taps, windows, words, kept_words = _NO_TAPS, _NO_WINDOWS, _NO_WORDS, _NO_WORDS
+    if first.unpooled is not None:
+        taps = first.unpooled.taps.view(-1).numpy()
+        windows = np.array(first.unpooled.windows.as_integers(), np.int64)
+    if first.mask is not None:
+        assert first.mask.words is not None, "nobody has computed the tensor that this is the gradient of"
+        words = first.mask.words.numpy().view(np.uint16)
     if expression.rectified and expression.mask is not None and expression.mask.words is None:
         expression.mask.words = torch.empty(-(-prod(expression.shape) // MASK_BITS), dtype=torch.int16)
-        words = expression.mask.words.numpy().view(np.uint16)
-    second = _term(terms[1], block) if len(terms) > 1 else _NO_TERM
-    values = _NOTHING if kept is None else kept.numpy()
-    return Source(_term(terms[0], block), second, expression.rectified, words, values)
+        kept_words = expression.mask.words.numpy().view(np.uint16)
+    return (
+        first.values.view(-1).numpy(),
+        taps,
+        windows,
+        words,
+        others[0].values.view(-1).numpy() if others else _NOTHING,
+        *_factors(expression, block),
+        expression.rectified,
+        kept_words,
+        _NOTHING if kept is None else kept.numpy(),
+    )
 
 
-def _term(term: Term, block: int) -> TermSource:
-    taps, windows, words = _NO_TAPS, _NO_WINDOWS, _NO_WORDS
-    if term.unpooled is not None:
-        taps = term.unpooled.taps.view(-1).numpy()
-        windows = np.array(term.unpooled.windows.as_integers(), np.int64)
-    if term.mask is not None:
-        assert term.mask.words is not None, "nobody has computed the tensor that this is the gradient of"
-        words = term.mask.words.numpy().view(np.uint16)
-    centre, factor, offset = _NOTHING, _NOTHING, _NOTHING
-    if term.affine is not None:
-        centre, factor, offset = tile(term.affine, block)
-    return TermSource(term.values.view(-1).numpy(), taps, windows, words, centre, factor, offset)
+def _factors(expression: Expression, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors of both terms, and the offset, for each element of a block; nothing where there is nothing to do."""
+    factors = [t.factor for t in expression.terms]
+    if expression.offset is None and all(f is None for f in factors):
+        return _NOTHING, _NOTHING, _NOTHING
+    one, zero = torch.ones(expression.shape[-1]), torch.zeros(expression.shape[-1])
+    first, second = (one if f is None else f for f in (*factors, None)[:2])
+    offset = zero if expression.offset is None else expression.offset
+    return tile(first, block), tile(second, block) if len(factors) > 1 else _NOTHING, tile(offset, block)
 
 
 def evaluate(expression: Expression) -> Tensor:

@@ -67,18 +67,18 @@ class Unpooled:
 
 @dataclass(frozen=True)
 class Term:
-    """``factor · (kept(values) - centre) + offset``, channel by channel.
+    """``factor · kept(values)``.
 
     Attributes:
         values: float32, canonical, contiguous.
-        affine: float32 ``(3, C)``: centre, factor and offset; None where the term is the kept values themselves.
+        factor: float32 ``(C,)``, or None for 1.
         mask: Elements to keep, all others count as 0; None keeps all.
         unpooled: The values are those of windows, to be put where their maxima were, and added there; or None.
         version: Of ``values`` when the term was made.
     """
 
     values: Tensor
-    affine: Tensor | None = None
+    factor: Tensor | None = None
     mask: Mask | None = None
     unpooled: Unpooled | None = None
     version: int = -1
@@ -89,27 +89,39 @@ class Term:
         return self.values.shape if self.unpooled is None else torch.Size(self.unpooled.windows.shape)
 
     @property
+    def is_gradient(self) -> bool:
+        """Whether the term has a mask or is unpooled."""
+        return self.mask is not None or self.unpooled is not None
+
+    @property
     def is_plain(self) -> bool:
         """Whether the term is its values."""
-        return self.affine is None and self.mask is None and self.unpooled is None
+        return self.factor is None and not self.is_gradient
 
 
 class Expression:
-    """The sum of one or two terms, rectified or not.
+    """The sum of one or two terms and an offset, rectified or not.
 
     Args:
-        terms: What is added; all of one shape.
+        terms: What is added; all of one shape, and only the first may have a mask or be unpooled.
+        offset: float32 ``(C,)``, or None for 0.
         rectified: Whether negative sums become 0.
         mask: To be filled when the rectified sum is computed.
         kept: Whether whoever computes this keeps its values too, because they are likely to be wanted again.
     """
 
     def __init__(
-        self, terms: tuple[Term, ...], rectified: bool = False, mask: Mask | None = None, kept: bool = False
+        self,
+        terms: tuple[Term, ...],
+        offset: Tensor | None = None,
+        rectified: bool = False,
+        mask: Mask | None = None,
+        kept: bool = False,
     ) -> None:
         assert 1 <= len(terms) <= 2
         assert all(t.values.is_contiguous() for t in terms)
         self.terms = tuple(t if t.version >= 0 else replace(t, version=version_of(t.values)) for t in terms)
+        self.offset = offset
         self.rectified = rectified
         self.mask = mask
         self.kept = kept
@@ -127,7 +139,7 @@ class Expression:
     @property
     def is_plain(self) -> bool:
         """Whether there is nothing left to compute."""
-        return len(self.terms) == 1 and self.terms[0].is_plain and not self.rectified
+        return len(self.terms) == 1 and self.terms[0].is_plain and self.offset is None and not self.rectified
 
     def values(self) -> Tensor:
         """float32 values, canonical; computed once."""
@@ -137,7 +149,7 @@ class Expression:
 
     def computed(self, values: Tensor) -> None:
         """Take over values that a pass has computed along with something else."""
-        self.terms, self.rectified = (Term(values, version=version_of(values)),), False
+        self.terms, self.offset, self.rectified = (Term(values, version=version_of(values)),), None, False
 
     def checked(self) -> Expression:
         """Itself.
@@ -161,14 +173,18 @@ class Expression:
         """
         if self.rectified:
             self.values()
-        return Expression(self.terms, True, mask, self.kept)
+        return Expression(self.terms, self.offset, True, mask, self.kept)
 
     def plus(self, other: Expression) -> Expression:
         """The sum; what does not fit one walk is computed first."""
         for part in sorted((self, other), key=lambda e: len(e.terms), reverse=True):
             if part.rectified or len(self.terms) + len(other.terms) > 2:
                 part.values()
-        return Expression((*self.terms, *other.terms))
+        if any(t.is_gradient for t in self.terms) and any(t.is_gradient for t in other.terms):
+            other.values()
+        terms = sorted((*self.terms, *other.terms), key=lambda t: not t.is_gradient)
+        offsets = [e.offset for e in (self, other) if e.offset is not None]
+        return Expression(tuple(terms), sum(offsets[1:], offsets[0]) if offsets else None)
 
     def channel_sums(self) -> Tensor:
         """float64 ``(C,)`` sums over all but the channels."""

@@ -61,7 +61,8 @@ class Im2col(Route):
         zero_x = None if x.zero_point is None else block.columns(x.zero_point, geometry.taps)
         fits_int32 = prod(g.data.shape[:-1]) <= RAW_LIMIT
         total: Tensor | None = None
-        for samples in columns.chunks(block.in_count):
+        total_bytes = block.out_count * geometry.taps * block.in_count * torch.int32.itemsize
+        for samples in columns.chunks(block.in_count, total_bytes):
             left = g.data[samples].flatten(0, -2)[:, block.outputs].t()
             sums = self._gemm.sums(left, columns.rows(samples, block.inputs), zero_g, zero_x)
             total = sums if total is None else total.add_(sums) if fits_int32 else total.long() + sums
