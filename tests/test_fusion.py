@@ -94,6 +94,23 @@ def test_gradients_stay_deferred_where_one_operation_follows_another():
     assert Defer.gradients == [Deferred]
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.ReLU6, lambda inplace: nn.Hardtanh(0.0, 0.5, inplace)])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_bounded_activations_are_those_of_torch(activation, inplace):
+    torch.manual_seed(0)
+    x = (4 * torch.randn(3, 7, 5, 6)).requires_grad_()
+    with torch.no_grad():
+        x[0, 0, 0, :5] = torch.tensor([0.0, 6.0, 0.5, torch.inf, -torch.inf])
+    found = []
+    for defer in (lambda x: x + 0, lambda x: Defer.apply(x, False)):
+        y = activation(inplace)(defer(x))
+        (grad,) = torch.autograd.grad(y, x, torch.arange(x.numel()).view(x.shape).cos())
+        found.append((y.detach(), grad))
+    assert isinstance(y, Deferred)
+    for own, expected in zip(found[1], found[0], strict=True):
+        assert torch.equal(own, expected)
+
+
 @pytest.mark.parametrize("shape", [(2, 8, 6, 6), (3, 16, 7, 9), (1, 4, 12, 12)])
 @pytest.mark.parametrize("arguments", [(2,), (3, 2, 1), (3, 2), (2, 1), ((2, 3), (2, 1), (1, 1)), (5, 3, 2)])
 @pytest.mark.parametrize("rectified", [True, False])
@@ -136,7 +153,7 @@ def test_planes_of_an_expression_are_those_of_its_values(shape, terms, rectified
     channels = shape[-1]
     mask = Mask()
     first = torch.randn(shape, generator=generator)
-    Expression((Term(first),), None, True, mask).values()  # fills the mask
+    Expression((Term(first),), rectified=True, mask=mask).values()  # fills the mask
     factor, offset = torch.randn(2, channels, generator=generator)
     parts = (Term(first, factor, mask), Term(first + 1))[:terms]
     expression, twin = (Expression(parts, offset, rectified, kept=kept) for _ in range(2))
@@ -156,7 +173,7 @@ def test_planes_of_an_expression_are_those_of_its_values(shape, terms, rectified
 def test_what_is_not_finite_shows(special):
     values = torch.randn(2, 3, 8)
     values[1, 2, 3] = special
-    rectified = Expression((Term(values),), None, True, Mask())
+    rectified = Expression((Term(values),), rectified=True, mask=Mask())
     planes = load("onednn").quantize(rectified, torch.tensor(1.0), OperandSpec(), None, torch.tensor([0, 0, 0])).planes
     expected = torch.relu(values)
     assert torch.equal(rectified.values(), expected) or special is torch.nan

@@ -27,6 +27,10 @@ WIDE_BITS = 24
 WIDE_COSINE_FLOOR = 0.999999
 """The same with operands of three planes: what 8 bits lack is noise and goes with it."""
 
+EVAL_FLOOR, TRAINING_FLOOR = 0.9999, 0.995
+"""Likewise for whole networks with fixed and with own statistics, which in the last layers are those of few values: there
+float32 itself comes to 0.9999 of float64, with one order of summation or another."""
+
 NEGLIGIBLE = 1e-6
 """Norm of a gradient relative to the largest one, below which it is rounding noise in float too."""
 
@@ -228,3 +232,33 @@ def test_a_vision_model_trains_a_step(library, name):
     assert report.converted == expected
     check_counts(converted, report, pairs=1, first=expected[0])
     check_gradients(model, loss, recipe_of(WIDE_BITS), WIDE_COSINE_FLOOR)
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "mobilenet_v2"])
+@pytest.mark.parametrize("train", [True, False])
+def test_fusion_changes_no_gradient(name, train):
+    """With operands of three planes all that fusion changes is the order of sums in batch norm."""
+    model = vision_model("torchvision", name).train(train).requires_grad_(True)
+    size = (33, 47) if name == "vgg11" else (65, 47)  # odd: borders that no window covers
+    images, labels = torch.randn(8, 3, *size), LABELS.repeat(2)
+
+    def loss(m):
+        torch.manual_seed(1)  # of dropout
+        return nn.functional.cross_entropy(m(images), labels)
+
+    _, truth = gradients(model, loss)
+    found = []
+    for fuse in (True, False):
+        net = copy.deepcopy(model)
+        convert(net, recipe_of(WIDE_BITS), skip="classifier.*" if name == "vgg11" else (), fuse=fuse)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+        for _ in range(3):  # at the fourth step ranges are known, and nothing needs to be computed for their sake
+            gradients(net, loss)
+            optimizer.step()
+        found.append(gradients(net, loss)[1])
+    (fused, parameter, _), (unfused, _, _) = (least_cosine(truth, measured) for measured in found)
+    floor = TRAINING_FLOOR if train else EVAL_FLOOR
+    assert fused > floor, f"{parameter}: {fused:.6f}"
+    assert unfused > floor

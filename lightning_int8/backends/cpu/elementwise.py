@@ -28,6 +28,7 @@ Source = tuple[
     np.ndarray,
     np.ndarray,
     bool,
+    np.float32,
     np.ndarray,
     np.ndarray,
 ]
@@ -47,15 +48,19 @@ def _vector(context: Any, builder: Any, signature: Any, arguments: Any, array: i
 
 
 @intrinsic
-def _positive(typing_context: Any, x: Any, i: Any) -> Any:
-    """The bits of a word: which of ``x[i : i + MASK_BITS]`` are positive, or no numbers."""
+def _inside(typing_context: Any, x: Any, i: Any, upper: Any) -> Any:
+    """The bits of a word: which of ``x[i : i + MASK_BITS]`` are between 0 and the bound, or no numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value = builder.load(_vector(context, builder, signature, arguments, 0), align=4)
-        zero = ir.Constant(value.type, [0.0] * MASK_BITS)
-        return builder.bitcast(builder.fcmp_unordered(">", value, zero), ir.IntType(MASK_BITS))
+        zero, bound = ir.Constant(value.type, [0.0] * MASK_BITS), ir.Constant(value.type, ir.Undefined)
+        for lane in range(MASK_BITS):
+            bound = builder.insert_element(bound, arguments[2], ir.Constant(ir.IntType(32), lane))
+        # Unordered comparisons are true of what is no number, and of a bound that is none.
+        positive, below = builder.fcmp_unordered(">", value, zero), builder.fcmp_unordered("<", value, bound)
+        return builder.bitcast(builder.and_(positive, below), ir.IntType(MASK_BITS))
 
-    return types.uint16(_ARRAY, types.int64), generate
+    return types.uint16(_ARRAY, types.int64, types.float32), generate
 
 
 @intrinsic
@@ -93,13 +98,14 @@ def block_values(source, start, count, buffers):
             - float32, flat: the values of the second term;
             - three of float32, as long as a block: the factor of the first term, of the second, and the offset;
             - bool: whether negative sums become 0;
+            - float32: what larger sums become then, or NaN;
             - uint16, to be filled with the mask of the rectified sum;
             - float32, flat, to be filled with the values.
         start: A multiple of the length of a block.
         count: At most the length of a block.
         buffers: From ``new_buffers``.
     """
-    values, taps, windows, words, others, factor, other_factor, offset, rectified, kept_words, kept = source
+    values, taps, windows, words, others, factor, other_factor, offset, rectified, upper, kept_words, kept = source
     out, unpooled, masked = buffers
     if taps.size > 0:
         unpool(values, taps, windows, start, count, unpooled)
@@ -121,8 +127,8 @@ def block_values(source, start, count, buffers):
         _copy(first, out[:count])
     if rectified:
         if kept_words.size > 0:
-            _note_positive(out, count, start // MASK_BITS, kept_words)
-        _rectify(count, out)
+            _note_inside(out, count, upper, start // MASK_BITS, kept_words)
+        _rectify(count, upper, out)
     if kept.size > 0:
         _copy(out, kept[start : start + count])
     return out[:count]
@@ -162,18 +168,19 @@ def _copy(x, out):
 
 
 @compiled
-def _rectify(count, x):
+def _rectify(count, upper, x):
     wide_vectors()
     for i in range(count):
-        x[i] = _ZERO if x[i] <= _ZERO else x[i]
+        v = upper if x[i] > upper else x[i]
+        x[i] = _ZERO if v <= _ZERO else v
 
 
 @compiled
-def _note_positive(x, count, word, words):
+def _note_inside(x, count, upper, word, words):
     """The mask of the first ``count`` elements; ``x`` is whole words long."""
     wide_vectors()
     for k in range((count + MASK_BITS - 1) // MASK_BITS):
-        words[word + k] = _positive(x, k * MASK_BITS)
+        words[word + k] = _inside(x, k * MASK_BITS, upper)
 
 
 @compiled

@@ -42,11 +42,12 @@ def source_of(expression: Expression, kept: Tensor | None, block: int | None = N
         taps = first.unpooled.taps.view(-1).numpy()
         windows = np.array(first.unpooled.windows.as_integers(), np.int64)
     if first.mask is not None:
-        assert first.mask.words is not None, "nobody has computed the tensor that this is the gradient of"
-        words = first.mask.words.numpy().view(np.uint16)
-    if expression.rectified and expression.mask is not None and expression.mask.words is None:
-        expression.mask.words = torch.empty(-(-prod(expression.shape) // MASK_BITS), dtype=torch.int16)
-        kept_words = expression.mask.words.numpy().view(np.uint16)
+        words = first.mask.known().numpy().view(np.uint16)
+    mask = expression.mask if expression.rectified else None
+    if mask is not None and mask.words is None:
+        mask.words = torch.empty(-(-prod(expression.shape) // MASK_BITS), dtype=torch.int16)
+        mask.expression = None
+        kept_words = mask.words.numpy().view(np.uint16)
     return (
         first.values.view(-1).numpy(),
         taps,
@@ -55,6 +56,7 @@ def source_of(expression: Expression, kept: Tensor | None, block: int | None = N
         others[0].values.view(-1).numpy() if others else _NOTHING,
         *_factors(expression, block),
         expression.rectified,
+        np.float32(expression.upper),
         kept_words,
         _NOTHING if kept is None else kept.numpy(),
     )

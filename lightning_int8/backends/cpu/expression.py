@@ -7,6 +7,7 @@ compute and costs a walk through memory; an ``Expression`` remembers them until 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import nan
 from typing import Any
 
 import torch
@@ -24,9 +25,19 @@ class Mask:
     Attributes:
         words: int16 ``(ceil(elements / MASK_BITS),)``, the first element in the lowest bit; None until the tensor is
             computed for the first time.
+        expression: That tensor, until then.
     """
 
     words: Tensor | None = None
+    expression: Expression | None = None
+
+    def known(self) -> Tensor:
+        """The words; a tensor whose values nobody has asked for is computed for their sake."""
+        if self.words is None:
+            assert self.expression is not None
+            self.expression.values()
+        assert self.words is not None
+        return self.words
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,7 @@ class Expression:
         terms: What is added; all of one shape, and only the first may have a mask or be unpooled.
         offset: float32 ``(C,)``, or None for 0.
         rectified: Whether negative sums become 0.
+        upper: What larger sums become then; NaN for no bound.
         mask: To be filled when the rectified sum is computed.
         kept: Whether whoever computes this keeps its values too, because they are likely to be wanted again.
     """
@@ -115,6 +127,7 @@ class Expression:
         terms: tuple[Term, ...],
         offset: Tensor | None = None,
         rectified: bool = False,
+        upper: float = nan,
         mask: Mask | None = None,
         kept: bool = False,
     ) -> None:
@@ -123,6 +136,7 @@ class Expression:
         self.terms = tuple(t if t.version >= 0 else replace(t, version=version_of(t.values)) for t in terms)
         self.offset = offset
         self.rectified = rectified
+        self.upper = upper
         self.mask = mask
         self.kept = kept
 
@@ -165,15 +179,19 @@ class Expression:
                 )
         return self
 
-    def rectify(self, mask: Mask | None) -> Expression:
+    def rectify(self, mask: Mask | None, upper: float) -> Expression:
         """Its positive part.
 
         Args:
             mask: To be filled with what is kept; None where nobody asks.
+            upper: Bound of the result, NaN for none.
         """
         if self.rectified:
             self.values()
-        return Expression(self.terms, self.offset, True, mask, self.kept)
+        rectified = Expression(self.terms, self.offset, True, upper, mask, self.kept)
+        if mask is not None:
+            mask.expression = rectified
+        return rectified
 
     def plus(self, other: Expression) -> Expression:
         """The sum; what does not fit one walk is computed first."""
