@@ -134,7 +134,7 @@ class _Contraction(torch.autograd.Function):
         planes = _Planes(backend, update=fresh)
         if fresh and state.clock.order is not None and state.name not in state.clock.order:
             state.clock.order.append(state.name)
-        keys = {o: o.draw(fresh) for o in state.distinct_operands()}
+        keys = {o: o.draw(fresh, x.device) for o in state.distinct_operands()}
         dtype = _output_dtype(x)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
 

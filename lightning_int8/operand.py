@@ -29,7 +29,7 @@ class Operand:
         axis: Canonical axis with its own clip values, None for one per tensor.
         clip_shape: Shape of the clip value.
         clip_value: float32 in force, see ``numerics.affine_map``; None before the first refresh.
-        key: int64 ``(seed, rank, call)``; ``call`` advances with every fresh draw.
+        key: int64 ``(seed, rank, call)``, where the tensor is; ``call`` advances with every fresh draw.
         width: Where the width adapts, what decides it.
         tracks_distance: Whether refreshes measure the cosine distance.
         distance: Cosine distance at the last refresh, ``()``; None before.
@@ -68,14 +68,18 @@ class Operand:
         else:
             self.width.rule = rule
 
-    def draw(self, fresh: bool) -> Tensor:
-        """The key of one call.
+    def draw(self, fresh: bool, device: torch.device) -> Tensor:
+        """The key of one call, on ``device``; advanced there and in place, so that each replay of a graph advances it.
 
         Args:
             fresh: False repeats the last draw, as the recomputation of a checkpointed segment must.
+            device: Where the tensors of the layer are.
         """
+        if self.key.device != device:
+            with torch.inference_mode(False):  # a validation may come first, and its tensors cannot be advanced
+                self.key = self.key.to(device)
         if fresh:
-            self.key[2] += 1
+            self.key[2:].add_(1)
         return self.key.clone()
 
     def quantize(self, x: Tensor | Expression, key: Tensor, backend: Backend, update: bool) -> Quantized:
@@ -103,6 +107,7 @@ class Operand:
         x = values_of(x)
         again = self._refreshed == self._clock.steps
         previous = self._before_refresh if again else self.clip_value
+        previous = None if previous is None else previous.to(x.device)
         adjusts = update and self.width is not None and self.width.is_due(self._clock.steps)
         widths = WIDTHS if adjusts else (self.bits,)
         candidates = [self._measure(x, previous, bits) for bits in widths]
@@ -111,14 +116,21 @@ class Operand:
             # Another micro-batch, or a layer used twice: one range for all that the step brings.
             assert self.clip_value is not None
             measured = torch.maximum(measured, self.clip_value)
-        # The host waits here, at a refresh and nowhere else. A range that is not finite shows in this call's output
-        # and is forgotten, and so is one of zeros, which would clip all that follows: the next call measures again.
-        if update and bool(torch.isfinite(measured).all() & (measured > 0).any()):
-            self._before_refresh, self.clip_value = previous, measured
-            self._refreshed = self._clock.steps
+        if not update:
+            return measured
+        # A range that is not finite shows in this call's output and is forgotten, and so is one of zeros, which would
+        # clip all that follows: the next call measures again.
+        if self._measures_each_call and previous is not None and not adjusts and not self.tracks_distance:
+            self._remember(torch.where(_is_usable(measured), measured, previous), previous)
+        elif bool(_is_usable(measured)):  # the host waits here, at a refresh and nowhere else
+            self._remember(measured, previous)
             if adjusts or self.tracks_distance:
                 self._note_error(x, candidates, widths, backend, again)
         return measured
+
+    def _remember(self, clip_value: Tensor, previous: Tensor | None) -> None:
+        self._before_refresh, self.clip_value = previous, clip_value
+        self._refreshed = self._clock.steps
 
     def _note_error(
         self, x: Tensor, candidates: list[Tensor], widths: tuple[int, ...], backend: Backend, again: bool
@@ -133,7 +145,7 @@ class Operand:
     def _due(self, update: bool) -> bool:
         if self.clip_value is None:
             return True
-        if self.tensor == "w" and (self.spec.range.every == 1 or not update):
+        if self._measures_each_call or (self.tensor == "w" and not update):
             # Weights change under our feet: averaged, loaded, swapped. But not between a checkpointed forward and its
             # recomputation, which runs inside the backward pass and must find the same range.
             return torch._C._current_graph_task_id() == -1
@@ -143,6 +155,10 @@ class Operand:
         if self.width is not None and self.width.is_due(steps):
             return True
         return self._keeps_interval and self._refreshed < self._clock.last_due(self.spec.range.every, steps)
+
+    @property
+    def _measures_each_call(self) -> bool:
+        return self.tensor == "w" and self.spec.range.every == 1
 
     @property
     def _keeps_interval(self) -> bool:
@@ -158,7 +174,6 @@ class Operand:
 
     def _measure(self, x: Tensor, previous: Tensor | None, bits: int) -> Tensor:
         rule = self.spec.range
-        previous = None if previous is None else previous.to(x.device)
         if not self.spec.affine:
             return rule.clip_value(x, self.axis, previous, bits)
         parts = (x.clamp(max=0), x.clamp(min=0))
@@ -216,7 +231,7 @@ class Operand:
         """Everything that a resumed run needs, in tensors and primitives; call it between steps."""
         return {
             "clip_value": None if self.clip_value is None else self.clip_value.detach().cpu().clone(),
-            "key": self.key.clone(),
+            "key": self.key.cpu().clone(),
             "refreshed": self._refreshed,
             "distance": None if self.distance is None else float(self.distance),
             "width": None if self.width is None else self.width.state_dict(),
@@ -226,10 +241,16 @@ class Operand:
         """Inverse of ``state_dict``; the rank of the key stays this process's own."""
         clip_value, distance = state["clip_value"], state["distance"]
         self.clip_value = None if clip_value is None else clip_value.clone()
-        self.key = torch.stack((state["key"][0], self.key[1], state["key"][2]))
+        self.key[::2] = state["key"][::2].to(self.key.device)  # in place: a captured graph has its address
         self._refreshed = state["refreshed"]
         self.distance = None if distance is None else torch.tensor(distance, dtype=torch.float64)
         self.width = None if state["width"] is None else AdaptiveWidth.from_state_dict(state["width"], self.spec.bits)
+
+
+def _is_usable(clip_value: Tensor) -> Tensor:
+    """Whether all of it is finite and not all of it zero, bool ``()`` on its device; it is never negative."""
+    largest = clip_value.amax()  # NaN if one is
+    return (largest > 0) & (largest < torch.inf)
 
 
 def _or(value: Tensor | None, otherwise: Tensor | None) -> Tensor | None:

@@ -22,8 +22,14 @@ from lightning_int8.kernels.cuda_device import cuda_device
 FAMILIES = {"dp4a": "sm_61", "imma-staged": "sm_75", "imma": "sm_80", "wgmma": "sm_90a"}
 """Family of kernels, and the architecture for which launchers choose it."""
 
-WAITS = {"aten._local_scalar_dense.default", "aten.lift_fresh.default"}
-"""Operations that make the host wait where the tensor is on a GPU: reading an element, and making one from numbers."""
+WAITS = {
+    f"aten.{name}" for name in ("_local_scalar_dense", "lift_fresh", "equal", "nonzero", "masked_select", "unique")
+}
+"""Operations that make the host wait where the tensor is on a GPU: reading an element, making one from numbers, and
+results whose shape the values decide."""
+
+READS = ("tolist", "numpy", "cpu", "__array__", "__contains__")
+"""Methods of tensors that read memory of the CPU without an operation; on a GPU they wait."""
 
 
 class ForcedFamily:
@@ -87,7 +93,7 @@ class Machine:
 
     def no_waits(self):
         """Context in which the host must not wait for the device."""
-        return _RefuseWaits()
+        return _refuse_waits()
 
 
 class GpuMachine(Machine):
@@ -133,9 +139,26 @@ class GpuMachine(Machine):
 
 class _RefuseWaits(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if str(function) in WAITS:
+        by_mask = function is torch.ops.aten.index.Tensor and any(
+            i.dtype == torch.bool for i in args[1] if i is not None
+        )
+        if str(function).rpartition(".")[0] in WAITS or by_mask:
             raise RuntimeError(f"{function} makes the host wait for the device")
         return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def _refuse_waits():
+    def refuse(name):
+        def method(*_):
+            raise RuntimeError(f"Tensor.{name} makes the host wait for the device")
+
+        return method
+
+    with pytest.MonkeyPatch.context() as patch, _RefuseWaits():
+        for name in READS:
+            patch.setattr(torch.Tensor, name, refuse(name))
+        yield
 
 
 @functools.cache

@@ -114,24 +114,22 @@ def test_the_host_does_not_wait_in_a_step_between_refreshes(machine):
             step()
 
 
-@pytest.mark.xfail(strict=True, reason="the default recipe measures weights at each step, and asks if they are finite")
 def test_the_host_does_not_wait_in_a_step_of_the_default_recipe(machine):
     with machine.chosen():
         step = steady(machine, "default")
         with machine.no_waits():
             step()
+            step()
 
 
-def test_a_wait_would_be_seen(machine):
+@pytest.mark.parametrize("wait", [lambda x: float(x[0]), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x[x > 0]])
+def test_a_wait_would_be_seen(machine, wait):
     x = torch.ones(3).to(machine.place)
-    with pytest.raises(RuntimeError), machine.no_waits():
-        float(x[0])
+    with machine.no_waits(), pytest.raises(RuntimeError):
+        wait(x)
 
 
-def test_a_captured_step_draws_fresh_noise(machine, request):
-    if machine.on_gpu:
-        reason = "the key of an operand is on the CPU: a captured step cannot advance it"
-        request.node.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+def test_a_captured_step_draws_fresh_noise(machine):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(40, 24)).to(machine.place)
     x = torch.randn(30, 40).to(machine.place).requires_grad_()

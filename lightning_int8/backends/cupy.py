@@ -44,7 +44,7 @@ class CuPy(Backend):
         if spec.bits == FLAG_BITS:
             return super().quantize(x, clip_value, spec, axis, key)  # no kernel of its own yet
         x = values_of(x).detach().contiguous()
-        return quantize(self._device_of(x), x, clip_value, spec, axis, key.to(x.device, non_blocking=True))
+        return quantize(self._device_of(x), x, clip_value, spec, axis, key)
 
     def accumulate(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None) -> Tensor:
         """See ``Backend.accumulate``."""
