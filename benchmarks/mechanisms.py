@@ -21,7 +21,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from records import RESULTS, machine, origin
 from torch import Tensor
 
-from lightning_int8 import Int8Precision, Recipe, magnitudes, numerics, recipes
+from lightning_int8 import Int8Precision, Recipe, numerics, recipes
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.optim import FixedPointSGD
 from lightning_int8.ranges import RangeRule
 from lightning_int8.vision import experiment
@@ -45,10 +46,12 @@ class Recording:
         """See ``RangeRule.every``."""
         return self.rule.every
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """See ``RangeRule.clip_value``."""
-        clip_value = self.rule.clip_value(x, axis, previous, bits)
-        self.calls.append((*magnitudes.largest_and_share_beyond_sigma(x, axis), clip_value))
+        clip_value = self.rule.clip_value(x, axis, previous, bits, statistics)
+        self.calls.append((*statistics.largest_and_share_beyond_sigma(x, axis), clip_value))
         return clip_value
 
 

@@ -7,13 +7,13 @@
 //          (23 * 2048,) int32, zeroed by the caller
 // Tile     four columns a thread, see columns.cuh
 // Entry    histogram_f32, histogram_bf16, histogram_f16
-// Twin     tests/test_kernels_reductions.py, exactly
+// Twin     lightning_int8.magnitudes.Statistics.histogram, exactly
 //
 // Bin b of octave o holds magnitudes 2^(e - 22 + o) * [1 + b / 2048, 1 + (b + 1) / 2048), e the exponent of the
 // largest. Smaller ones, zeros among them, are in the first bin; elements that are not finite are in none.
 #include "columns.cuh"
 
-constexpr int OCTAVES = 23, BINS_BITS = 11;
+constexpr int OCTAVES = 23, BINS_BITS = 11;  // magnitudes.OCTAVES, MANTISSA_BITS
 
 struct Histogram {
   Columns matrix;

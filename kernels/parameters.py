@@ -68,7 +68,7 @@ DIRECT = structure({"conv": CONV, "left_zero": _POINTER, "right_zero": _POINTER}
 COLUMNS = structure(dict.fromkeys(("rows", "columns", "map_axis", "maps", "rows_per_map"), _INT))
 
 QUANTIZE = structure(
-    {"matrix": COLUMNS, "pitch": _INT, "plane_count": _INT}
+    {"matrix": COLUMNS, "pitch": _INT, "bits": _INT}
     | dict.fromkeys(("x", "clip_values", "key", "planes", "scales", "zeros"), _POINTER)
     | {"plane_bytes": _LONG}
 )
@@ -78,8 +78,8 @@ ABSMAX = structure({"matrix": COLUMNS, "side_step": _INT, "x": _POINTER, "out": 
 HISTOGRAM = structure({"matrix": COLUMNS, "x": _POINTER, "largest": _POINTER, "counts": _POINTER})
 
 ERROR_SUMS = structure(
-    {"matrix": COLUMNS, "plane_count": _INT, "pitch": _INT, "plane_bytes": _LONG}
-    | dict.fromkeys(("x", "planes", "scales", "zeros", "sums"), _POINTER)
+    {"matrix": COLUMNS, "affine": _INT, "count": _INT, "bits": (_INT, 3)}
+    | dict.fromkeys(("x", "clip_values", "sums"), _POINTER)
 )
 
 

@@ -10,11 +10,12 @@
 // Twin     lightning_int8.numerics.quantize, bit for bit
 #include "columns.cuh"
 #include "random_bits.cuh"
-#include "range_map.cuh"
+#include "width.cuh"
 
 struct Quantize {
   Columns matrix;
-  int pitch, plane_count;
+  int pitch;
+  Width width;
   const void* x;
   const float* clip_values;  // (maps,), or (2, maps) with a zero point
   const i64* key;            // (seed, rank, call); null rounds to nearest
@@ -24,21 +25,9 @@ struct Quantize {
   i64 plane_bytes;
 };
 
-// Scale of plane p is the scale of one step times this.
-__device__ __forceinline__ float plane_weight(int p, int plane_count) {
-  return static_cast<float>(1 << 8 * (plane_count - 1 - p));
-}
-
-// Splits off the lowest base-256 digit, balanced in [-128, 127].
-__device__ __forceinline__ int split_digit(int& integer) {
-  const int digit = ((integer + 128) & 255) - 128;
-  integer = (integer - digit) >> 8;
-  return digit;
-}
-
 __device__ __forceinline__ RangeMap range_map(const Quantize& q, int map) {
   const float* clip_value = q.clip_values + map;
-  return RangeMap(clip_value, q.zeros ? clip_value + q.matrix.maps : nullptr, largest_integer(q.plane_count));
+  return RangeMap(clip_value, q.zeros ? clip_value + q.matrix.maps : nullptr, q.width.largest());
 }
 
 // The first block writes scales and zero points. Scales are positive, so their bit patterns are ordered as they are,
@@ -48,8 +37,8 @@ __device__ void write_maps(const Quantize& q) {
   for (int map = threadIdx.y * blockDim.x + threadIdx.x; map < q.matrix.maps; map += blockDim.x * blockDim.y) {
     const RangeMap m = range_map(q, map);
     int zero = static_cast<int>(m.zero);
-    for (int p = q.plane_count - 1; p >= 0; p--) {
-      const float scale = __fmul_rn(m.scale, plane_weight(p, q.plane_count));
+    for (int p = q.width.planes() - 1; p >= 0; p--) {
+      const float scale = __fmul_rn(m.scale, q.width.plane_weight(p));
       atomicMax(reinterpret_cast<u32*>(q.scales + p * q.matrix.maps + map), __float_as_uint(scale));
       if (q.zeros) q.zeros[p * q.matrix.maps + map] = p ? split_digit(zero) : zero;
     }
@@ -57,27 +46,22 @@ __device__ void write_maps(const Quantize& q) {
 }
 
 __device__ void write_nan_scales(const Quantize& q) {
-  for (int i = 0; i < q.plane_count * q.matrix.maps; i++) atomicMax(reinterpret_cast<u32*>(q.scales + i), 0x7FC00000u);
+  for (int i = 0; i < q.width.planes() * q.matrix.maps; i++)
+    atomicMax(reinterpret_cast<u32*>(q.scales + i), 0x7FC00000u);
 }
 
-// Rounds to nearest, ties to even; or, with 16 random bits, up with a probability equal to the fraction. Clamped after
-// that: a range's largest element may be rounded beyond it.
-__device__ __forceinline__ int integer_of(float value, const RangeMap& map, float largest, bool stochastic, u32 bits) {
-  const float steps = map.steps_of(value);
-  float rounded = rintf(steps);
-  if (stochastic) {
-    const float below = floorf(steps);
-    const bool up = static_cast<float>(bits) < __fmul_rn(__fsub_rn(steps, below), 65536.0f);
-    rounded = up ? __fadd_rn(below, 1.0f) : below;
-  }
-  return static_cast<int>(fminf(fmaxf(__fadd_rn(rounded, map.zero), -largest), largest));
+// To nearest, ties to even; or, with 16 random bits, up with a probability equal to the fraction.
+__device__ __forceinline__ float rounded(float steps, bool stochastic, u32 bits) {
+  if (!stochastic) return rintf(steps);
+  const float below = floorf(steps);
+  const bool up = static_cast<float>(bits) < __fmul_rn(__fsub_rn(steps, below), 65536.0f);
+  return up ? __fadd_rn(below, 1.0f) : below;
 }
 
 template <class Format>
 __device__ __forceinline__ void quantize(const Quantize& q) {
   const Columns& matrix = q.matrix;
-  const int column = matrix.first_column();
-  const float largest = largest_integer(q.plane_count);
+  const int column = matrix.first_column(), planes = q.width.planes();
   const RandomBits random(q.key);
 
   // One map for each of the four columns; equal ones unless the scale is per column.
@@ -101,18 +85,19 @@ __device__ __forceinline__ void quantize(const Quantize& q) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       finite &= __fsub_rn(values[i], values[i]) == 0.0f;
-      int integer = i < count ? integer_of(values[i], maps[i], largest, q.key, bits[i]) : 0;
+      const auto round = [&](float steps) { return rounded(steps, q.key, bits[i]); };
+      int integer = i < count ? q.width.integer_of(values[i], maps[i], round) : 0;
 #pragma unroll
       for (int p = 0; p < 3; p++) {
-        if (p >= q.plane_count) continue;
-        const int digit = p + 1 < q.plane_count ? split_digit(integer) : integer;
+        if (p >= planes) continue;
+        const int digit = p + 1 < planes ? split_digit(integer) : integer;
         words[p] |= static_cast<u32>(digit & 255) << 8 * i;
       }
     }
     i8* out = q.planes + static_cast<i64>(row) * q.pitch + column;
 #pragma unroll
     for (int p = 0; p < 3; p++)
-      if (p < q.plane_count) *reinterpret_cast<u32*>(out + (q.plane_count - 1 - p) * q.plane_bytes) = words[p];
+      if (p < planes) *reinterpret_cast<u32*>(out + (planes - 1 - p) * q.plane_bytes) = words[p];
   });
   if (!finite) write_nan_scales(q);
   if (blockIdx.x == 0 && blockIdx.y == 0) write_maps(q);

@@ -38,7 +38,7 @@ def quantize(
     fields = {
         "matrix": matrix,
         "pitch": planes.shape[-1],
-        "plane_count": count,
+        "bits": spec.bits,
         "x": pointer(x),
         "clip_values": pointer(clip_value),
         "key": pointer(key) if spec.rounding == "stochastic" else 0,

@@ -4,11 +4,6 @@
 
 constexpr float MIN_CLIP_VALUE = 0x1p-96f;  // numerics.MIN_CLIP_VALUE
 
-// Largest integer whose top plane stays within 127: 127, 32639 or 8355711.
-__device__ __forceinline__ int largest_integer(int planes) {
-  return planes == 1 ? 127 : planes == 2 ? 127 * 257 : 127 * 65793;
-}
-
 struct RangeMap {
   float low, high, inverse, zero, scale;  // scale: NaN where the clip value is not finite
 

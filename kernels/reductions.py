@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +11,12 @@ from torch import Tensor
 from lightning_int8.kernels.columns import ENTRIES, column_grid, matrix_of
 from lightning_int8.kernels.device import Device, Program, pointer
 from lightning_int8.kernels.parameters import ABSMAX, ERROR_SUMS, HISTOGRAM, by_value
-from lightning_int8.numerics import Quantized
+from lightning_int8.magnitudes import BINS
 
-OCTAVES, BINS_PER_OCTAVE = 23, 2048
-"""Of ``histogram.cu``."""
+SUMS = 6
+"""Of ``error_sums.cu``, for each width: what ``QuantizationError.from_sums`` takes."""
 
-SUMS = ("xx", "xe", "ee", "abs_x", "abs_quantized")
-"""Of ``error_sums.cu``."""
+MOST_WIDTHS = 3
 
 
 def absmax(device: Device, x: Tensor, axis: int | None, sides: bool = False) -> Tensor:
@@ -43,7 +42,7 @@ def absmax(device: Device, x: Tensor, axis: int | None, sides: bool = False) -> 
 
 
 def histogram(device: Device, x: Tensor, largest: Tensor) -> Tensor:
-    """Counts of magnitudes in bins of equal relative width; see ``histogram.cu`` for their edges.
+    """Counts of magnitudes, see ``magnitudes.Statistics.histogram``, exactly.
 
     Args:
         device: Runs the kernel.
@@ -51,62 +50,44 @@ def histogram(device: Device, x: Tensor, largest: Tensor) -> Tensor:
         largest: float32 ``()``, what ``absmax`` gives for the tensor.
 
     Returns:
-        int32 ``(OCTAVES · BINS_PER_OCTAVE,)``, the smallest magnitudes first.
+        int32 ``(BINS,)``, the smallest magnitudes first.
     """
-    counts = torch.zeros(OCTAVES * BINS_PER_OCTAVE, dtype=torch.int32, device=x.device)
+    counts = torch.zeros(BINS, dtype=torch.int32, device=x.device)
     fields = {"matrix": matrix_of(x, None), "x": pointer(x), "largest": pointer(largest), "counts": pointer(counts)}
     kernel = device.kernel(Program("histogram.cu"), f"histogram_{ENTRIES[x.dtype]}")
     kernel(*column_grid(x, device.multiprocessors), (by_value(HISTOGRAM, fields),))
     return counts
 
 
-@dataclass(frozen=True)
-class ErrorSums:
-    """Sums over a tensor x and the error e of its planes, float64 ``()`` each.
-
-    Attributes:
-        xx: Σ x².
-        xe: Σ x·e.
-        ee: Σ e².
-        abs_x: Σ |x|.
-        abs_quantized: Σ |x + e|.
-    """
-
-    xx: Tensor
-    xe: Tensor
-    ee: Tensor
-    abs_x: Tensor
-    abs_quantized: Tensor
-
-
-def error_sums(device: Device, x: Tensor, quantized: Quantized) -> ErrorSums:
-    """How far planes are from the tensor they were made of.
+def error_sums(
+    device: Device, x: Tensor, clip_values: Tensor, bits: Sequence[int], affine: bool, axis: int | None
+) -> Tensor:
+    """How far a tensor would be from its original, at up to ``MOST_WIDTHS`` widths, rounded to nearest: one pass.
 
     Args:
         device: Runs the kernel.
         x: float32, bfloat16 or float16, canonical order, contiguous.
-        quantized: What ``quantize`` made of it: its planes have neighbouring storage.
+        clip_values: float32, the clip value at each width (``numerics.affine_map``) along a leading axis.
+        bits: Widths.
+        affine: Whether the ranges have a zero point.
+        axis: 0 or -1 for one clip value per index of that axis, None for one per tensor.
+
+    Returns:
+        float64 ``(widths, SUMS)``, see ``measures.QuantizationError.from_sums``.
     """
-    planes = [p.data for p in quantized.planes]
-    rows_apart = planes[0].stride(-2) if planes[0].dim() > 1 else 0
-    scales = torch.stack([p.scale.reshape(-1) for p in quantized.planes])
-    zeros = None
-    if quantized.planes[0].zero_point is not None:
-        zeros = torch.stack([p.zero_point.reshape(-1) for p in quantized.planes if p.zero_point is not None])
+    clip_values, count = clip_values.contiguous(), len(bits)
     grid, block = column_grid(x, device.multiprocessors)
-    sums = torch.empty(math.prod(grid), len(SUMS), dtype=torch.float64, device=x.device)
+    sums = torch.empty(math.prod(grid), count, SUMS, dtype=torch.float64, device=x.device)
     fields = {
-        "matrix": matrix_of(x, quantized.axis),
-        "plane_count": len(planes),
-        "pitch": rows_apart,
-        "plane_bytes": planes[1].data_ptr() - planes[0].data_ptr() if len(planes) > 1 else 0,
+        "matrix": matrix_of(x, axis),
+        "affine": int(affine),
+        "count": count,
+        "bits": (*bits, *(bits[0],) * (MOST_WIDTHS - count)),
         "x": pointer(x),
-        "planes": pointer(planes[0]),
-        "scales": pointer(scales),
-        "zeros": pointer(zeros),
+        "clip_values": pointer(clip_values),
         "sums": pointer(sums),
     }
     kernel = device.kernel(Program("error_sums.cu"), f"error_sums_{ENTRIES[x.dtype]}")
-    warps = math.prod(block) // 32
-    kernel(grid, block, (by_value(ERROR_SUMS, fields),), shared_mem=warps * len(SUMS) * sums.element_size())
-    return ErrorSums(*sums.sum(0).unbind())
+    shared = math.prod(block) // 32 * MOST_WIDTHS * SUMS * sums.element_size()
+    kernel(grid, block, (by_value(ERROR_SUMS, fields),), shared_mem=shared)
+    return sums.sum(0)

@@ -9,19 +9,19 @@ from torch import Tensor
 
 _jit = nb.njit(nogil=True, error_model="numpy", cache=True)
 
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_MAGNITUDE, _INFINITY = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)
 
 
-def histogram(x: Tensor, first: int, bins: int, shift: int) -> tuple[Tensor, Tensor]:
-    """Counts and sums of |x|, float64 ``(bins,)``, by ``(bit pattern >> shift) - first``; zeros are left out."""
-    values = x.detach().float().contiguous().view(-1)
-    counts, sums = np.zeros(bins), np.zeros(bins)
-    _histogram(values.view(torch.int32).numpy().view(np.uint32), values.numpy(), first, np.uint32(shift), counts, sums)
-    return torch.from_numpy(counts), torch.from_numpy(sums)
+def histogram(x: Tensor, first: int, bins: int, shift: int) -> Tensor:
+    """Counts of |x|, int64 ``(bins,)``, by ``(bit pattern >> shift) - first``; see ``magnitudes.Statistics``."""
+    patterns = x.detach().float().contiguous().view(-1).view(torch.int32).numpy().view(np.uint32)
+    counts = np.zeros(bins, np.int64)
+    _histogram(patterns, first, np.uint32(shift), counts)
+    return torch.from_numpy(counts)
 
 
 def largest_and_share_beyond_sigma(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
-    """See ``magnitudes.largest_and_share_beyond_sigma``."""
+    """See ``magnitudes.Statistics.largest_and_share_beyond_sigma``."""
     values = x.detach().float().contiguous()
     if axis == -1:
         matrix = values.view(-1, values.shape[-1]).numpy()
@@ -34,13 +34,11 @@ def largest_and_share_beyond_sigma(x: Tensor, axis: int | None) -> tuple[Tensor,
 
 
 @_jit
-def _histogram(patterns, values, first, shift, counts, sums):
-    for i in range(values.size):
+def _histogram(patterns, first, shift, counts):
+    for i in range(patterns.size):
         pattern = patterns[i] & _MAGNITUDE
-        if pattern != 0:
-            bin_ = max(np.int64(pattern >> shift) - first, 0)
-            counts[bin_] += 1.0
-            sums[bin_] += abs(values[i])
+        if pattern < _INFINITY:
+            counts[min(max(np.int64(pattern >> shift) - first, 0), counts.size - 1)] += 1
 
 
 @_jit

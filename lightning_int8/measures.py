@@ -59,6 +59,11 @@ def quantization_error(
         affine: Whether the ranges have a zero point.
         axis: Axis of vector clip values.
     """
+    return QuantizationError.from_sums(error_sums(x, clip_values, bits, affine, axis), x.numel())
+
+
+def error_sums(x: Tensor, clip_values: Sequence[Tensor], bits: Sequence[int], affine: bool, axis: int | None) -> Tensor:
+    """The float64 ``(k, 6)`` sums that ``QuantizationError.from_sums`` takes; arguments of ``quantization_error``."""
     values = x.double()
     rows = []
     for clip_value, width in zip(clip_values, bits, strict=True):
@@ -69,4 +74,4 @@ def quantization_error(
         beyond = (x.float() < low) | (x.float() > high)
         terms = (values * values, values * error, error * error, values.abs(), quantized.abs(), beyond.double())
         rows.append(torch.stack([t.sum() for t in terms]))
-    return QuantizationError.from_sums(torch.stack(rows), x.numel())
+    return torch.stack(rows)

@@ -110,7 +110,7 @@ class Operand:
         previous = None if previous is None else previous.to(x.device)
         adjusts = update and self.width is not None and self.width.is_due(self._clock.steps)
         widths = WIDTHS if adjusts else (self.bits,)
-        candidates = [self._measure(x, previous, bits) for bits in widths]
+        candidates = [self._measure(x, previous, bits, backend) for bits in widths]
         measured = candidates[widths.index(self.bits)]
         if again and self.tensor != "w" and update:
             # Another micro-batch, or a layer used twice: one range for all that the step brings.
@@ -172,13 +172,14 @@ class Operand:
         at_interval = self._keeps_interval and self.tensor != "w"  # weights are the same on all ranks
         return at_interval and step - self._clock.last_due(self.spec.range.every, step) in late
 
-    def _measure(self, x: Tensor, previous: Tensor | None, bits: int) -> Tensor:
-        rule = self.spec.range
+    def _measure(self, x: Tensor, previous: Tensor | None, bits: int, backend: Backend) -> Tensor:
+        rule, statistics = self.spec.range, backend.statistics
         if not self.spec.affine:
-            return rule.clip_value(x, self.axis, previous, bits)
+            return rule.clip_value(x, self.axis, previous, bits, statistics)
         parts = (x.clamp(max=0), x.clamp(min=0))
         sides = (None, None) if previous is None else previous.unbind(0)
-        return torch.stack([rule.clip_value(p, self.axis, s, bits) for p, s in zip(parts, sides, strict=True)])
+        pairs = zip(parts, sides, strict=True)
+        return torch.stack([rule.clip_value(p, self.axis, side, bits, statistics) for p, side in pairs])
 
     def settle(self, step: int) -> None:
         """Put the width in force that the measurement of step ``step`` asks for, if there was one."""

@@ -179,7 +179,8 @@ def run_columns(device, variant):
         x, key = torch.randn(7, 37).to(dtype), torch.tensor([1, 2, 3])
         clip_value = absmax(device, x, -1, sides=True)
         spec = OperandSpec(bits=24, affine=True, rounding="stochastic")
-        error_sums(device, x, quantize(device, x, clip_value, spec, -1, key))
+        quantize(device, x, clip_value, spec, -1, key)
+        error_sums(device, x, torch.stack((clip_value, clip_value)), (8, 24), True, -1)
         histogram(device, x, absmax(device, x, None))
 
 RUN = dict(gemm=run_gemm, conv=run_conv, columns=run_columns, direct=lambda d, v: run_conv(d, v, 6, 3))

@@ -10,7 +10,7 @@ from kernel_cases import needs_compiler
 from lightning_int8 import numerics
 from lightning_int8.kernels.planes import pitch
 from lightning_int8.kernels.quantize import quantize
-from lightning_int8.numerics import TRUTH_TABLE
+from lightning_int8.numerics import BITS, FLAG_BITS, TRUTH_TABLE
 from lightning_int8.policies import WIDTHS
 from lightning_int8.spec import OperandSpec
 
@@ -58,7 +58,7 @@ def cases(draw):
     clip_value = torch.stack(clips) if affine else torch.maximum(*clips)
     clip_value = clip_value * draw(st.sampled_from([1.0, 0.5, 0.01, 0.0, 2.0, float("nan"), float("inf")]))
     rounding = draw(st.sampled_from(["nearest", "stochastic"]))
-    spec = OperandSpec(bits=draw(st.sampled_from(WIDTHS)), affine=affine, rounding=rounding)
+    spec = OperandSpec(bits=draw(st.sampled_from(WIDTHS if affine else BITS)), affine=affine, rounding=rounding)
     key = torch.tensor([draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(0, 7)), draw(st.integers(0, 2**40))])
     return x, clip_value, spec, axis, key, draw(st.integers(1, 5))
 
@@ -72,6 +72,11 @@ def test_every_kind_of_operand(case):
 @pytest.mark.parametrize("row", TRUTH_TABLE, ids=lambda row: row.case)
 def test_truth_table(row):
     check(torch.tensor([[row.x]]), torch.tensor(row.clip_value), OperandSpec(), None, torch.zeros(3, dtype=torch.int64))
+
+
+def test_the_flag_format_where_coarse_and_fine_meet():
+    steps = torch.tensor([[0.0, 0.004, 0.99, 0.999, 1.0, 1.001, 1.5, 126.5, 127.0, 128.0]])
+    check(torch.cat((steps, -steps)), torch.tensor(127.0), OperandSpec(bits=FLAG_BITS), None, None)
 
 
 def test_a_draw_does_not_depend_on_the_launch():

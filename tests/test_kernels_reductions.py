@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import needs_compiler
 
-from lightning_int8 import numerics
-from lightning_int8.kernels.quantize import quantize
-from lightning_int8.kernels.reductions import BINS_PER_OCTAVE, OCTAVES, SUMS, absmax, error_sums, histogram
+from lightning_int8 import measures, numerics
+from lightning_int8.kernels.reductions import absmax, error_sums, histogram
+from lightning_int8.magnitudes import STATISTICS
+from lightning_int8.numerics import BITS
 from lightning_int8.policies import WIDTHS
-from lightning_int8.spec import OperandSpec
 
 pytestmark = needs_compiler
 RELATIVE_ERROR = 1e-12
@@ -45,17 +45,6 @@ def test_absmax_of_tensor_row_and_column(data, x, axis):
     assert torch.equal(absmax(device, x, axis, sides=True).nan_to_num(-1.0), expected.nan_to_num(-1.0))
 
 
-def expected_histogram(x, largest):
-    """By the definition: octave and position within it, of each finite magnitude."""
-    values = x.float().abs().double().flatten()
-    values = values[torch.isfinite(values)]
-    bottom = 2.0 ** (torch.frexp(largest.double()).exponent.item() - 1 - (OCTAVES - 1))
-    mantissa, exponent = torch.frexp(values / bottom)  # mantissa in [0.5, 1)
-    bins = (exponent - 1) * BINS_PER_OCTAVE + ((2 * mantissa - 1) * BINS_PER_OCTAVE).floor()
-    bins = torch.where(values < bottom, 0.0, bins).long().clamp(0, OCTAVES * BINS_PER_OCTAVE - 1)
-    return torch.bincount(bins, minlength=OCTAVES * BINS_PER_OCTAVE)
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.data(), tensors(special=(None, 0.0, float("nan"), float("inf"), 1e-30)))
 def test_histogram_counts_every_finite_magnitude_once(data, x):
@@ -63,33 +52,37 @@ def test_histogram_counts_every_finite_magnitude_once(data, x):
     if largest == 0:
         largest = torch.ones(())
     counts = histogram(devices(data.draw), x, largest)
-    assert torch.equal(counts.long(), expected_histogram(x, largest))
+    assert torch.equal(counts.long(), STATISTICS.histogram(x, largest))
     assert counts.sum() == torch.isfinite(x).sum()
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.data(), tensors(special=(None,)), st.sampled_from([None, 0, -1]), st.booleans(), st.sampled_from(WIDTHS))
-def test_error_sums(data, x, axis, affine, bits):
-    device = devices(data.draw)
-    clip_value = absmax(device, x, axis, sides=affine) * 0.7
-    made = quantize(device, x, clip_value, OperandSpec(bits=bits, affine=affine), axis, torch.zeros(3).long())
-    sums = error_sums(device, x, made)
-    g, e = x.double(), numerics.dequantize(made).double() - x.double()
-    terms = (g * g, g * e, e * e, g.abs(), (g + e).abs())
-    for name, term in zip(SUMS, terms, strict=True):
-        scale = term.abs().sum().clamp(min=1e-300)
-        assert (getattr(sums, name) - term.sum()).abs() <= RELATIVE_ERROR * scale
+@settings(deadline=None, max_examples=100)
+@given(st.data(), tensors(special=(None, 0.0, float("nan"), float("inf"))), st.sampled_from([None, 0, -1]))
+def test_errors_at_several_widths(data, x, axis):
+    device, affine = devices(data.draw), data.draw(st.booleans())
+    bits = data.draw(st.lists(st.sampled_from(WIDTHS if affine else BITS), min_size=1, max_size=3))
+    shares = [data.draw(st.sampled_from([1.0, 0.7, 0.01, 0.0, float("nan")])) for _ in bits]
+    clip_values = torch.stack([absmax(device, x.nan_to_num(0.0, 0.0, 0.0), axis, sides=affine) * s for s in shares])
+    made = error_sums(device, x, clip_values, bits, affine, axis)
+    if x.isfinite().all():
+        expected = measures.error_sums(x, list(clip_values), bits, affine, axis)
+        gg, _, ee, *others = expected.unbind(-1)
+        magnitudes_of_terms = torch.stack([gg, (gg + ee) / 2, ee, *others], -1)
+        assert torch.equal(made.isnan(), expected.isnan())
+        assert not ((made - expected).abs() > RELATIVE_ERROR * magnitudes_of_terms).any()
+    else:
+        assert not made[:, :4].isfinite().any()
 
 
 @pytest.mark.parametrize("multiprocessors", [1, 9])
 def test_error_sums_have_one_order(multiprocessors):
     x = torch.randn(500, 33)
-    device = EmulatedDevice(multiprocessors=multiprocessors)
-    made = quantize(device, x, absmax(device, x, None), OperandSpec(), None, torch.zeros(3).long())
-    first = error_sums(device, x, made)
+    first = None
     for schedule in range(4):
-        again = EmulatedDevice(machine=Machine(schedule=schedule), multiprocessors=multiprocessors)
-        assert all(torch.equal(getattr(error_sums(again, x, made), n), getattr(first, n)) for n in SUMS)
+        device = EmulatedDevice(machine=Machine(schedule=schedule), multiprocessors=multiprocessors)
+        sums = error_sums(device, x, absmax(device, x, None).expand(3), [8, 16, 24], False, None)
+        first = sums if first is None else first
+        assert torch.equal(sums, first)
 
 
 def test_the_empty_tensor():

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_int8 import magnitudes, measures, numerics, ranges
 from lightning_int8.backends.cpu import measures as cpu_measures
+from lightning_int8.magnitudes import BINS, MANTISSA_BITS, OCTAVES, STATISTICS, Statistics
 
 COUNT = 200_000
 
@@ -117,7 +118,7 @@ def test_reference_values_of_the_methods(name, at_max, best, share):
     slack = 6.0 if name == "student-t(3)" else 1.5
     assert at_max / slack < found[0] < at_max * slack
     assert best / slack < found[1] < best * slack
-    assert magnitudes.largest_and_share_beyond_sigma(x, None)[1] == pytest.approx(share, abs=0.01)
+    assert STATISTICS.largest_and_share_beyond_sigma(x, None)[1] == pytest.approx(share, abs=0.01)
 
 
 @pytest.mark.parametrize(("name", "shift"), [("gaussian", 2.3e-4), ("laplace", 1.0e-3), ("student-t(3)", 0.53)])
@@ -159,27 +160,39 @@ def test_the_search_does_not_depend_on_the_magnitude(scale):
     assert ratio == pytest.approx(scale, rel=5e-3)
 
 
-def test_the_search_reads_the_tensor_twice(monkeypatch):
+class Counting(Statistics):
+    def __init__(self):
+        self.passes = []
+
+    def absmax(self, x, axis):
+        self.passes.append("absmax")
+        return super().absmax(x, axis)
+
+    def histogram(self, x, largest):
+        self.passes.append("histogram")
+        return super().histogram(x, largest)
+
+
+def test_the_search_reads_the_tensor_twice():
     """Once for the maximum, once for the histogram; what follows works on bins."""
-    passes = []
-    monkeypatch.setattr(magnitudes, "histogram", _counted(magnitudes.histogram, passes))
-    monkeypatch.setattr(numerics, "absmax", _counted(numerics.absmax, passes))
-    x = draw("gaussian")
-    ranges.make("direction_sensitive_clip").clip_value(x, None, None, 8)
-    assert passes == ["absmax", "histogram"]
-    counts, values = magnitudes.histogram(x, float(x.abs().max()))
-    assert len(counts) == len(values) <= magnitudes.BINS
-
-
-def _counted(function, passes):
-    def counting(*args):
-        passes.append(function.__name__)
-        return function(*args)
-
-    return counting
+    statistics = Counting()
+    ranges.make("direction_sensitive_clip").clip_value(draw("gaussian"), None, None, 8, statistics)
+    assert statistics.passes == ["absmax", "histogram"]
 
 
 # --- Statistics of magnitudes ----------------------------------------------------------------------------------------
+
+
+def expected_histogram(x, largest):
+    """By the definition: octave and position within it, of each finite magnitude."""
+    values = x.float().abs().double().flatten()
+    values = values[torch.isfinite(values)]
+    bins_per_octave = 1 << MANTISSA_BITS
+    bottom = 2.0 ** (torch.frexp(largest.double()).exponent.item() - 1 - (OCTAVES - 1))
+    mantissa, exponent = torch.frexp(values / bottom)  # mantissa in [0.5, 1)
+    bins = (exponent - 1) * bins_per_octave + ((2 * mantissa - 1) * bins_per_octave).floor()
+    bins = torch.where(values < bottom, 0.0, bins).long().clamp(0, BINS - 1)
+    return torch.bincount(bins, minlength=BINS)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -188,12 +201,17 @@ def test_the_histogram_holds_every_magnitude(name, fused, monkeypatch):
     if not fused:
         monkeypatch.setattr(magnitudes, "_fused", lambda device: None)
     x = draw(name)
-    counts, values = magnitudes.histogram(x, float(x.abs().max()))
-    assert counts.sum() == (x != 0).sum()
-    assert (counts * values).sum() == pytest.approx(float(x.abs().double().sum()), rel=1e-9)
+    x[:3] = torch.tensor([torch.nan, torch.inf, 0.0])
+    finite = x[x.isfinite()].double().abs()
+    counts = STATISTICS.histogram(x, finite.max().float())
+    assert counts.sum() == len(finite)
+    unit = 2.0 ** (math.frexp(finite.max())[1] - 1)
+    values = magnitudes.bin_magnitudes(x.device) * unit
     assert (values.diff() > 0).all()
-    inside = values > float(x.abs().max()) * 2.0**-20
-    assert (values[inside].diff() / values[inside][:-1]).min() > 0
+    half_a_bin = 1.01 * 2.0 ** -(MANTISSA_BITS + 1)
+    for moment in (1, 2):
+        assert (counts * values**moment).sum() == pytest.approx(float((finite**moment).sum()), rel=half_a_bin * moment)
+    assert torch.equal(counts, expected_histogram(x, finite.max()))
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -205,7 +223,7 @@ def test_share_beyond_sigma_against_numpy(axis, fused, monkeypatch):
     others = {None: (0, 1, 2), 0: (1, 2), -1: (0, 1)}[axis]
     values = x.numpy().astype(np.float64)
     sigma = values.std(others, keepdims=True).astype(np.float32)
-    largest, share = magnitudes.largest_and_share_beyond_sigma(x, axis)
+    largest, share = STATISTICS.largest_and_share_beyond_sigma(x, axis)
     assert torch.equal(largest, torch.tensor(np.abs(x.numpy()).max(others)))
     torch.testing.assert_close(share, torch.tensor((np.abs(x.numpy()) > sigma).mean(others), dtype=torch.float32))
 
@@ -218,4 +236,4 @@ def test_a_nan_shows_in_the_largest_magnitude():
             for axis in (None, 0, -1):
                 x = torch.ones(3, 4)
                 x[1, 2] = torch.nan
-                assert magnitudes.largest_and_share_beyond_sigma(x, axis)[0].isnan().any()
+                assert STATISTICS.largest_and_share_beyond_sigma(x, axis)[0].isnan().any()

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_int8 import measures, numerics
 from lightning_int8.backends.cpu.expression import Expression, values_of
 from lightning_int8.geometry import ConvGeometry
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.measures import QuantizationError
 from lightning_int8.numerics import Plane, Quantized, along
 from lightning_int8.spec import CONTRACTIONS, OperandSpec
@@ -37,12 +38,14 @@ class Backend(ABC):
         integer: Whether the products are 8-bit integer products, so that they count as INT8.
         exact: Whether the self-check found its sums exact.
         fuses: Whether it quantizes expressions too, without computing their values first.
+        statistics: What range rules measure tensors with.
     """
 
     name: str
     integer: bool
     exact: bool = True
     fuses: bool = False
+    statistics: Statistics = STATISTICS
 
     @abstractmethod
     def route(self, convolution: bool) -> str:

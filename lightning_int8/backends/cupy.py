@@ -16,7 +16,7 @@ from lightning_int8.kernels.device import Device
 from lightning_int8.kernels.gemm import gemm
 from lightning_int8.kernels.quantize import quantize
 from lightning_int8.kernels.result import Result
-from lightning_int8.numerics import FLAG_BITS, Plane, Quantized
+from lightning_int8.numerics import Plane, Quantized
 from lightning_int8.spec import OperandSpec
 
 
@@ -41,8 +41,6 @@ class CuPy(Backend):
         self, x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor
     ) -> Quantized:
         """See ``Backend.quantize``."""
-        if spec.bits == FLAG_BITS:
-            return super().quantize(x, clip_value, spec, axis, key)  # no kernel of its own yet
         x = values_of(x).detach().contiguous()
         return quantize(self._device_of(x), x, clip_value, spec, axis, key)
 

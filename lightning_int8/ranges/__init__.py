@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lightning_int8.magnitudes import STATISTICS, Statistics
+
 
 class RangeRule(Protocol):
     """How wide the range of an operand is."""
@@ -22,7 +24,9 @@ class RangeRule(Protocol):
         """Optimizer steps between refreshes; None takes the interval of the conversion."""
         ...
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """Clip value of ``x``.
 
         Args:
@@ -31,6 +35,7 @@ class RangeRule(Protocol):
             axis: 0 or -1 for one clip value per index of that axis, None for one per tensor.
             previous: What the last refresh returned, or None at the first.
             bits: Width of the operand; rules that put the scale on a grid need it.
+            statistics: What measures ``x`` on its device, in as few passes as that takes.
 
         Returns:
             float32 ``()`` or ``(C,)``, not negative, on the device of ``x``; without waiting for the host, unless the

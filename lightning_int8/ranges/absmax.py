@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_int8 import numerics
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.ranges import check_every
 
 
@@ -23,6 +23,8 @@ class Rule:
     def __post_init__(self) -> None:
         check_every(self.every)
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """See ``RangeRule.clip_value``."""
-        return numerics.absmax(x, axis)
+        return statistics.absmax(x, axis)

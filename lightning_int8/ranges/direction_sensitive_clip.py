@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_int8 import magnitudes, numerics
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.measures import cosine_distance_from_sums
 from lightning_int8.ranges import check_every
 
@@ -40,17 +42,20 @@ class Rule:
     def __post_init__(self) -> None:
         check_every(self.every)
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """See ``RangeRule.clip_value``."""
-        largest = numerics.absmax(x, axis)
+        largest = statistics.absmax(x, axis)
         levels = numerics.largest_integer(bits)
         if axis is None:
-            return _best(x, largest, levels)
+            return _best(x, largest, levels, statistics)
         channels = x.detach().movedim(axis, 0).unbind(0)
-        return torch.stack([_best(c, top, levels) for c, top in zip(channels, largest.unbind(0), strict=True)])
+        pairs = zip(channels, largest.unbind(0), strict=True)
+        return torch.stack([_best(c, top, levels, statistics) for c, top in pairs])
 
 
-def _best(x: Tensor, largest: Tensor, levels: int) -> Tensor:
+def _best(x: Tensor, largest: Tensor, levels: int, statistics: Statistics) -> Tensor:
     """The clip value among ``GRID`` candidates, float32 ``()``; the largest magnitude itself if 0 or not finite."""
     top = float(largest)
     if not 0.0 < top < float("inf"):
@@ -59,13 +64,17 @@ def _best(x: Tensor, largest: Tensor, levels: int) -> Tensor:
         values = x.detach().abs().double().flatten()
         counts = torch.ones_like(values)
     else:
-        counts, values = magnitudes.histogram(x, top)
+        counts = statistics.histogram(x, largest)
+        occupied = counts.nonzero()[:, 0]
+        counts, values = counts[occupied].double(), magnitudes.bin_magnitudes(x.device)[occupied]
+        top = 2.0 * math.frexp(top)[0]  # in the unit of those values
     if len(values) <= EXACT_VALUES:
-        index = torch.arange(1, GRID + 1)
+        index = torch.arange(1, GRID + 1, device=x.device)
     else:
-        coarse = torch.cat((torch.arange(1, 8 * COARSE_STEP), torch.arange(8 * COARSE_STEP, GRID + 1, COARSE_STEP)))
+        small, large = torch.arange(1, 8 * COARSE_STEP), torch.arange(8 * COARSE_STEP, GRID + 1, COARSE_STEP)
+        coarse = torch.cat((small, large)).to(x.device)
         best = int(coarse[_distances(values, counts, coarse * (top / GRID), levels).argmin()])
-        index = torch.arange(max(1, best - COARSE_STEP), min(GRID, best + COARSE_STEP) + 1)
+        index = torch.arange(max(1, best - COARSE_STEP), min(GRID, best + COARSE_STEP) + 1, device=x.device)
     distances = _distances(values, counts, index * (top / GRID), levels)
     return largest * (index[distances.argmin()] / GRID).to(largest)
 

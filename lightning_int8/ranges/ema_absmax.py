@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_int8 import numerics
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.ranges import check_every, check_fraction
 
 
@@ -26,7 +26,9 @@ class Rule:
         check_every(self.every)
         check_fraction("decay", self.decay)
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """See ``RangeRule.clip_value``."""
-        current = numerics.absmax(x, axis)
+        current = statistics.absmax(x, axis)
         return current if previous is None else self.decay * previous + (1.0 - self.decay) * current

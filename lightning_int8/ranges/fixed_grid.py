@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8 import numerics
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.ranges import check_every
 
 
@@ -31,7 +32,9 @@ class Rule:
         if not isinstance(self.integer_bits, int) or not -32 <= self.integer_bits <= 32:
             raise ValueError(f"integer_bits: {self.integer_bits!r} is not an integer from -32 to 32")
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """See ``RangeRule.clip_value``."""
         largest = numerics.largest_integer(bits)
         clip_value = largest * 2.0 ** (self.integer_bits - largest.bit_length())

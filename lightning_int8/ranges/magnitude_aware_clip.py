@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_int8 import magnitudes
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.ranges import check_every, check_fraction
 
 
@@ -42,9 +42,11 @@ class Rule:
         if not 0.0 <= self.ratio * self.slope <= 1.0:
             raise ValueError(f"ratio: {self.ratio!r} times slope {self.slope!r} is not in [0, 1]")
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """See ``RangeRule.clip_value``."""
-        largest, share = magnitudes.largest_and_share_beyond_sigma(x, axis)
+        largest, share = statistics.largest_and_share_beyond_sigma(x, axis)
         if previous is None:
             return largest
         average = (1.0 - self.ratio * self.slope) * previous + self.slope * largest

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8 import numerics
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.ranges import check_every
 
 ROUNDINGS = ("up", "nearest")
@@ -37,10 +38,12 @@ class Rule:
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"rounding: {self.rounding!r} is not one of {', '.join(ROUNDINGS)}")
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """See ``RangeRule.clip_value``."""
         largest = numerics.largest_integer(bits)
-        limit = numerics.absmax(x, axis)
+        limit = statistics.absmax(x, axis)
         if self.rounding == "up":
             mantissa, exponent = torch.frexp(limit / largest)  # mantissa in [0.5, 1)
             exponent = exponent - (mantissa == 0.5).int()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.ranges import check_every, check_fraction
 
 
@@ -30,12 +31,14 @@ class Rule:
         check_every(self.every)
         check_fraction("decay", self.decay)
 
-    def clip_value(self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int) -> Tensor:
+    def clip_value(
+        self, x: Tensor, axis: int | None, previous: Tensor | None, bits: int, statistics: Statistics = STATISTICS
+    ) -> Tensor:
         """See ``RangeRule.clip_value``."""
-        samples = x.flatten(1) if axis != -1 else x.reshape(x.shape[0], -1, x.shape[-1])
-        current = torch.maximum(-samples.amin(1), samples.amax(1)).float()
-        if axis is None:
-            current = current.mean()
-        elif axis == -1:
-            current = current.mean(0)
+        if axis == -1:
+            samples = x.reshape(x.shape[0], -1, x.shape[-1])
+            current = torch.maximum(-samples.amin(1), samples.amax(1)).float().mean(0)
+        else:
+            current = statistics.absmax(x.flatten(1), 0)
+            current = current if axis == 0 else current.mean()
         return current if previous is None else self.decay * previous + (1.0 - self.decay) * current
