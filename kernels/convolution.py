@@ -54,14 +54,8 @@ def convolution(
         ``(N, *out, Co)``, ``(N, *in, C)`` or ``(Co, *kernel, C / groups)`` in ``result.dtype``.
     """
     a, b = (Plane(padded(p.data), p.scale, p.zero_point) for p in (a, b))
-    batch, groups = a.data.shape[0], geometry.groups
-    shapes = {
-        "output": (batch, *geometry.output_size, b.data.shape[0]),
-        "grad_input": (batch, *geometry.input_size, b.data.shape[-1] * groups),
-        "grad_weight": (a.data.shape[-1], *geometry.kernel_size, b.data.shape[-1] // groups),
-    }
-    result = result or Result()
-    out = torch.empty(shapes[contraction], dtype=result.dtype, device=a.data.device)
+    groups, result = geometry.groups, result or Result()
+    out = torch.empty(result_shape(contraction, a.data, b.data, geometry), dtype=result.dtype, device=a.data.device)
     if out.numel() == 0:
         return out
     for product in _products(contraction, a, b, geometry):
@@ -70,6 +64,15 @@ def convolution(
         else:
             _launch_direct(device, product, a, b, groups, out, result)
     return out
+
+
+def result_shape(contraction: str, a: Tensor, b: Tensor, geometry: ConvGeometry) -> tuple[int, ...]:
+    """Shape of what ``convolution`` returns."""
+    if contraction == "output":
+        return (a.shape[0], *geometry.output_size, b.shape[0])
+    if contraction == "grad_input":
+        return (a.shape[0], *geometry.input_size, b.shape[-1] * geometry.groups)
+    return (a.shape[-1], *geometry.kernel_size, b.shape[-1] // geometry.groups)
 
 
 def _products(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry) -> list[Product]:

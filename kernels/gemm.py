@@ -17,6 +17,13 @@ LAYOUTS = {"output": "nt", "grad_input": "nn", "grad_weight": "tn"}
 """Contraction and how its operands lie, in the letters of BLAS: right "t" is (n, k), left "t" is (k, m)."""
 
 
+def product_shape(contraction: str, a: Tensor, b: Tensor) -> tuple[int, int, int]:
+    """Rows and columns of a product, and the length of its sums."""
+    layout = LAYOUTS[contraction]
+    m, k = a.shape if layout[0] == "n" else a.shape[::-1]
+    return m, b.shape[0 if layout[1] == "t" else 1], k
+
+
 def gemm(
     device: Device, contraction: str, a: Plane, b: Plane, result: Result | None = None, variant: Variant | None = None
 ) -> Tensor:
@@ -35,8 +42,7 @@ def gemm(
     """
     result = result or Result()
     layout = LAYOUTS[contraction]
-    m, k = a.data.shape if layout[0] == "n" else reversed(a.data.shape)
-    n = b.data.shape[0 if layout[1] == "t" else 1]
+    m, n, k = product_shape(contraction, a.data, b.data)
     out = torch.empty(m, n, dtype=result.dtype, device=a.data.device)
     if out.numel() == 0:
         return out

@@ -10,50 +10,54 @@ from lightning_int8.kernels.device import Device, Program, pointer
 from lightning_int8.kernels.parameters import QUANTIZE, by_value
 from lightning_int8.kernels.planes import empty_planes
 from lightning_int8.numerics import Plane, Quantized, plane_count
-from lightning_int8.spec import OperandSpec
 
 
 def quantize(
-    device: Device, x: Tensor, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor
-) -> Quantized:
-    """Turn a tensor into planes in one read: ``numerics.quantize``, bit for bit.
+    device: Device, x: Tensor, clip_value: Tensor, bits: int, affine: bool, axis: int | None, key: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn a tensor into planes in one read: ``numerics.quantize``, bit for bit; see ``quantized``.
 
     Args:
         device: Runs the kernel.
         x: float32, bfloat16 or float16, canonical order, contiguous.
         clip_value: float32 on the device of ``x``, see ``numerics.affine_map``.
-        spec: Bits, rounding and zero point.
+        bits: One of ``numerics.BITS``.
+        affine: Whether the range has a zero point.
         axis: 0 or -1 for one clip value per index of that axis, None for one per tensor.
-        key: int64 ``(seed, rank, call)`` on the device of ``x``.
+        key: int64 ``(seed, rank, call)`` on the device of ``x``; None rounds to nearest.
 
     Returns:
-        The planes; each has rows a multiple of 16 bytes apart.
+        Planes, int8 ``(planes, *shape[:-1], pitch)``: rows a multiple of 16 bytes long, zeros behind the last column.
+        Scales, float32 ``(planes, maps)``. Zero points, int32, likewise, or ``(0, maps)`` where not affine.
     """
     matrix = matrix_of(x, axis)
-    count, maps = plane_count(spec.bits), matrix["maps"]
+    count, maps = plane_count(bits), matrix["maps"]
     clip_value = clip_value.contiguous()
     planes = empty_planes(count, x.shape, x.device)
     scales = torch.zeros(count, maps, device=x.device)
-    zeros = torch.empty(count, maps, dtype=torch.int32, device=x.device) if spec.affine else None
+    zeros = torch.empty(count if affine else 0, maps, dtype=torch.int32, device=x.device)
     fields = {
         "matrix": matrix,
         "pitch": planes.shape[-1],
-        "bits": spec.bits,
+        "bits": bits,
         "x": pointer(x),
         "clip_values": pointer(clip_value),
-        "key": pointer(key) if spec.rounding == "stochastic" else 0,
+        "key": pointer(key),
         "planes": pointer(planes),
         "scales": pointer(scales),
-        "zeros": pointer(zeros),
+        "zeros": pointer(zeros) if affine else 0,
         "plane_bytes": planes.stride(0),
     }
     kernel = device.kernel(Program("quantize.cu"), f"quantize_{ENTRIES[x.dtype]}")
     kernel(*column_grid(x, device.multiprocessors), (by_value(QUANTIZE, fields),))
-    shape = () if axis is None else (maps,)
+    return planes, scales, zeros
+
+
+def quantized(planes: Tensor, scales: Tensor, zeros: Tensor, columns: int, axis: int | None) -> Quantized:
+    """What ``quantize`` returns as views, without the padding behind ``columns``."""
+    shape = () if axis is None else scales.shape[1:]
     made = [
-        Plane(
-            planes[p, ..., : x.shape[-1]], scales[p].reshape(shape), None if zeros is None else zeros[p].reshape(shape)
-        )
-        for p in range(count)
+        Plane(plane[..., :columns], scale.reshape(shape), zeros[p].reshape(shape) if len(zeros) else None)
+        for p, (plane, scale) in enumerate(zip(planes.unbind(0), scales.unbind(0), strict=True))
     ]
     return Quantized(tuple(made), axis)

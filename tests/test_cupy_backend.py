@@ -1,7 +1,9 @@
 """The CuPy backend, launchers included, on each machine: the contract, and whole layers."""
 
 import copy
+import dataclasses
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from kernel_cases import random_plane
 from machines import moved
 from test_conformance import PLANE_SUM_ULPS, cases, conv_layers, geometries, max_plane_product
 
-from lightning_int8 import backends, convert, gemm_counts
+from lightning_int8 import backends, convert, gemm_counts, measures
 from lightning_int8.backends import Counts
 from lightning_int8.backends.base import plane_pairs
+from lightning_int8.backends.cupy import in_memory_order
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.kernels import cuda_device
 from lightning_int8.numerics import Quantized
@@ -76,6 +79,63 @@ def test_converted_convolutions_equal_those_of_the_cpu(machine, case):
     for made, expected in zip(fast, truth, strict=True):
         assert torch.equal(made, expected)
     assert counts == {"0": {"output": 1, "grad_input": 1, "grad_weight": 1}}
+
+
+# --- ranges --------------------------------------------------------------------------------------------------------
+
+
+def measuring(machine, recipe):
+    """Kernels that measure, in the first step of a Linear layer."""
+    model = torch.nn.Sequential(torch.nn.Linear(70, 80)).to(machine.place)
+    x = torch.randn(90, 70).to(machine.place).requires_grad_()
+    with machine.chosen():
+        convert(model, recipe=recipe, backend="cupy")
+        with machine.launches() as launches:
+            model(x).square().sum().backward()
+    kinds = ("absmax", "histogram", "error_sums")
+    return Counter(kind for name in launches for kind in kinds if name.startswith(kind))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "passes"),
+    [
+        ("default", {"absmax": 4}),  # x, w, and g per tensor and per channel
+        ("unified", {"absmax": 3, "histogram": 1, "error_sums": 1}),
+        ("fixed_point", {"absmax": 3 * 3, "error_sums": 3}),  # g of both contractions is one operand
+        ("scalable", {"absmax": 7}),  # two sides of x, w and g, and g again in 16 bits
+    ],
+)
+def test_a_range_costs_one_pass_and_so_do_errors_at_several_widths(machine, recipe, passes):
+    assert measuring(machine, recipe) == passes
+
+
+@pytest.mark.parametrize("axis", [None, 0, -1])
+def test_statistics_are_those_of_the_cpu(machine, axis):
+    x = torch.randn(5, 4, 60, 33)
+    for layout in (x, x.movedim(1, -1), x.bfloat16().movedim(1, -1)):
+        made, truth = machine.backend.statistics, backends.load("reference").statistics
+        on_device = layout.to(machine.place)
+        largest = truth.absmax(layout, axis)
+        assert torch.equal(made.absmax(on_device, axis).cpu(), largest)
+        if axis is None:
+            counts = made.histogram(on_device, largest.to(machine.place))
+            assert torch.equal(counts.cpu().long(), truth.histogram(layout, largest))
+        clips, bits = [largest * 0.9, largest], [8, 16]
+        error = machine.backend.quantization_error(on_device, [c.to(machine.place) for c in clips], bits, False, axis)
+        expected = measures.quantization_error(layout, clips, bits, False, axis)
+        for field in dataclasses.fields(expected):
+            torch.testing.assert_close(getattr(error, field.name).cpu(), getattr(expected, field.name))
+
+
+def test_any_dense_memory_format_is_measured_where_it_is():
+    weight = torch.randn(8, 4, 3, 5)
+    for dense in (weight, weight.to(memory_format=torch.channels_last), weight.movedim(1, -1)):
+        for axis in (None, 0):
+            assert in_memory_order(dense, axis).data_ptr() == dense.data_ptr()
+    assert in_memory_order(weight, -1).shape == (8, 4, 3, 5)
+    gaps = in_memory_order(weight[:, ::2], 0)
+    assert gaps.is_contiguous()
+    assert gaps.data_ptr() != weight.data_ptr()
 
 
 def test_a_tensor_elsewhere_is_refused():

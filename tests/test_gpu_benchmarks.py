@@ -11,7 +11,7 @@ import torch
 from emulator.device import EmulatedDevice
 from kernel_cases import needs_compiler
 
-from lightning_int8.backends import cupy
+from lightning_int8.kernels import operators
 
 pytestmark = needs_compiler
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -90,14 +90,14 @@ def test_a_dry_run_leaves_the_results_alone(script, tmp_path, monkeypatch, capsy
 
 @pytest.mark.parametrize("contraction", ["output", "grad_input", "grad_weight"])
 def test_a_wrong_kernel_is_not_timed(script, tmp_path, monkeypatch, contraction):
-    product = cupy.gemm
+    product = operators.gemm
 
     def wrong(device, which, a, b, result):
         made = product(device, which, a, b, result)
         made[-1, -1] += which == contraction
         return made
 
-    monkeypatch.setattr(cupy, "gemm", wrong)
+    monkeypatch.setattr(operators, "gemm", wrong)
     with pytest.raises(RuntimeError, match="cupy is wrong: it is not timed"):
         script("gpu_kernels").main(["--dry-run", "--only", "gemm", "--output", str(tmp_path / "wrong.json")])
 

@@ -160,7 +160,6 @@ from lightning_int8.kernels.convolution import convolution
 from lightning_int8.kernels.gemm import gemm
 from lightning_int8.kernels.quantize import quantize
 from lightning_int8.kernels.reductions import absmax, error_sums, histogram
-from lightning_int8.spec import OperandSpec
 
 def run_gemm(device, variant):
     gemm(device, "output", random_plane((61, 530)), random_plane((70, 530)), None, variant)
@@ -178,8 +177,7 @@ def run_columns(device, variant):
     for dtype in (torch.float32, torch.bfloat16):
         x, key = torch.randn(7, 37).to(dtype), torch.tensor([1, 2, 3])
         clip_value = absmax(device, x, -1, sides=True)
-        spec = OperandSpec(bits=24, affine=True, rounding="stochastic")
-        quantize(device, x, clip_value, spec, -1, key)
+        quantize(device, x, clip_value, 24, True, -1, key)
         error_sums(device, x, torch.stack((clip_value, clip_value)), (8, 24), True, -1)
         histogram(device, x, absmax(device, x, None))
 

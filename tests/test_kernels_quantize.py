@@ -9,7 +9,7 @@ from kernel_cases import needs_compiler
 
 from lightning_int8 import numerics
 from lightning_int8.kernels.planes import pitch
-from lightning_int8.kernels.quantize import quantize
+from lightning_int8.kernels.quantize import quantize, quantized
 from lightning_int8.numerics import BITS, FLAG_BITS, TRUTH_TABLE
 from lightning_int8.policies import WIDTHS
 from lightning_int8.spec import OperandSpec
@@ -18,8 +18,13 @@ pytestmark = needs_compiler
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def made_by(device, x, clip_value, spec, axis, key):
+    key = key if spec.rounding == "stochastic" else None
+    return quantized(*quantize(device, x, clip_value, spec.bits, spec.affine, axis, key), x.shape[-1], axis)
+
+
 def check(x, clip_value, spec, axis, key, multiprocessors=1):
-    made = quantize(EmulatedDevice(multiprocessors=multiprocessors), x, clip_value, spec, axis, key)
+    made = made_by(EmulatedDevice(multiprocessors=multiprocessors), x, clip_value, spec, axis, key)
     stochastic = spec.rounding == "stochastic"
     expected = numerics.quantize(
         x, clip_value, bits=spec.bits, affine=spec.affine, axis=axis, stochastic=stochastic, key=key
@@ -82,7 +87,7 @@ def test_the_flag_format_where_coarse_and_fine_meet():
 def test_a_draw_does_not_depend_on_the_launch():
     x, key = torch.randn(301, 7), torch.tensor([1, 2, 3])
     drawn = [
-        quantize(EmulatedDevice(multiprocessors=n), x, torch.tensor(3.0), OperandSpec(rounding="stochastic"), None, key)
+        made_by(EmulatedDevice(multiprocessors=n), x, torch.tensor(3.0), OperandSpec(rounding="stochastic"), None, key)
         for n in (1, 50)
     ]
     assert torch.equal(drawn[0].planes[0].data, drawn[1].planes[0].data)
@@ -95,6 +100,6 @@ def test_an_empty_tensor_has_a_scale():
 def test_a_wrong_multiplier_in_the_hash_would_be_seen():
     broken = EmulatedDevice(edits={"random_bits.cuh": ("0x846CA68Bu", "0x846CA68Du")})
     x, key, spec = torch.randn(40, 40), torch.tensor([1, 2, 3]), OperandSpec(rounding="stochastic")
-    made = quantize(broken, x, torch.tensor(3.0), spec, None, key)
+    made = made_by(broken, x, torch.tensor(3.0), spec, None, key)
     expected = numerics.quantize(x, torch.tensor(3.0), stochastic=True, key=key)
     assert not torch.equal(made.planes[0].data, expected.planes[0].data)

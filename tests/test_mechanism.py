@@ -27,6 +27,8 @@ INT8_PRODUCTS = {
     "onednn::qconv_pointwise": (torch.uint8, torch.int8),  # data, packed weight; behind them scales and offsets
     "lightning_int8::depthwise_conv": (torch.int8, torch.int8),
     "lightning_int8::depthwise_conv_grad_weight": (torch.int8, torch.int8),
+    "lightning_int8::cupy_gemm": (torch.int8, torch.int8),
+    "lightning_int8::cupy_convolution": (torch.int8, torch.int8),
 }
 """The operations whose multiplications are of 8-bit integers, and the dtypes of what they multiply."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,12 +10,12 @@ from torch import Tensor
 from lightning_int8.backends.base import Backend, Counts, plane_pairs
 from lightning_int8.backends.cpu.expression import Expression, values_of
 from lightning_int8.geometry import ConvGeometry
-from lightning_int8.kernels.convolution import convolution
+from lightning_int8.kernels import operators
 from lightning_int8.kernels.cuda_device import cuda_device
 from lightning_int8.kernels.device import Device
-from lightning_int8.kernels.gemm import gemm
-from lightning_int8.kernels.quantize import quantize
-from lightning_int8.kernels.result import Result
+from lightning_int8.kernels.quantize import quantized
+from lightning_int8.magnitudes import Statistics
+from lightning_int8.measures import QuantizationError
 from lightning_int8.numerics import Plane, Quantized
 from lightning_int8.spec import OperandSpec
 
@@ -31,7 +31,8 @@ class CuPy(Backend):
     integer = True
 
     def __init__(self, device_of: Callable[[Tensor], Device]) -> None:
-        self._device_of = device_of
+        self._machine = operators.number_of(device_of)
+        self.statistics = CuPyStatistics(self._machine)
 
     def route(self, convolution: bool) -> str:
         """See ``Backend.route``."""
@@ -41,40 +42,80 @@ class CuPy(Backend):
         self, x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor
     ) -> Quantized:
         """See ``Backend.quantize``."""
+        drawn = key if spec.rounding == "stochastic" else None
         x = values_of(x).detach().contiguous()
-        return quantize(self._device_of(x), x, clip_value, spec, axis, key)
+        planes, scales, zeros = operators.cupy_quantize(
+            x, clip_value, drawn, spec.bits, spec.affine, axis, self._machine
+        )
+        return quantized(planes, scales, zeros, x.shape[-1], axis)
+
+    def quantization_error(
+        self, x: Tensor, clip_values: Sequence[Tensor], bits: Sequence[int], affine: bool, axis: int | None
+    ) -> QuantizationError:
+        """See ``Backend.quantization_error``."""
+        clips = torch.stack(list(clip_values))
+        sums = operators.cupy_error_sums(in_memory_order(x, axis), clips, list(bits), affine, axis, self._machine)
+        return QuantizationError.from_sums(sums, x.numel())
 
     def accumulate(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None) -> Tensor:
         """See ``Backend.accumulate``."""
-        return self._product(contraction, a, b, geometry, Result(dtype=torch.int64))
+        return self._product(contraction, a, b, geometry, None, scaled=False)
 
     def _contract(
         self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
     ) -> Tensor:
         total: Tensor | None = None
         for i, j in plane_pairs(a, b):
-            total = self._product(contraction, a.planes[i], b.planes[j], geometry, Result(addend=total))
+            total = self._product(contraction, a.planes[i], b.planes[j], geometry, total, scaled=True)
             counts[self.name, contraction] += 1
         assert total is not None
         return total
 
-    def _product(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None, result: Result) -> Tensor:
-        device = self._device_of(a.data)
+    def _product(
+        self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None, addend: Tensor | None, scaled: bool
+    ) -> Tensor:
+        maps = (a.scale, b.scale, a.zero_point, b.zero_point)
+        how = (scaled, self._machine)
         if geometry is None:
-            return gemm(device, contraction, a, b, result)
+            return operators.cupy_gemm(contraction, a.data, b.data, *maps, addend, *how)
         if not _is_matrix_product(geometry):
-            return convolution(device, contraction, a, b, geometry, result)
-        rows_a, rows_b = (Plane(p.data.flatten(0, -2), p.scale, p.zero_point) for p in (a, b))
-        addend = None if result.addend is None else result.addend.flatten(0, -2)
-        out = gemm(device, contraction, rows_a, rows_b, Result(dtype=result.dtype, addend=addend))
+            window = operators.packed(geometry)
+            return operators.cupy_convolution(contraction, a.data, b.data, *maps, *window, addend, *how)
+        rows_a, rows_b = a.data.flatten(0, -2), b.data.flatten(0, -2)
+        before = None if addend is None else addend.flatten(0, -2)
+        out = operators.cupy_gemm(contraction, rows_a, rows_b, *maps, before, *how)
         if contraction == "grad_weight":
             return out.reshape(out.shape[0], *geometry.kernel_size, -1)
         return out.reshape(*a.data.shape[:-1], -1)
 
 
+class CuPyStatistics(Statistics):
+    """One pass of a kernel for each; the share beyond sigma takes torch's operations."""
+
+    def __init__(self, machine: int) -> None:
+        self._machine = machine
+
+    def absmax(self, x: Tensor, axis: int | None) -> Tensor:
+        """See ``Statistics.absmax``."""
+        return operators.cupy_absmax(in_memory_order(x, axis), axis, self._machine)
+
+    def histogram(self, x: Tensor, largest: Tensor) -> Tensor:
+        """See ``Statistics.histogram``."""
+        return operators.cupy_histogram(in_memory_order(x, None), largest, self._machine)
+
+
 def make() -> CuPy:
     """Build the backend; CuPy is imported with the first tensor."""
     return CuPy(_gpu_of)
+
+
+def in_memory_order(x: Tensor, axis: int | None) -> Tensor:
+    """``x``, contiguous, its axes but ``axis`` (0 or -1) in any order: without a copy where it has no gaps."""
+    x = x.detach()
+    others = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+    others.sort(key=x.stride, reverse=True)
+    own = [] if axis is None else [axis % x.dim()]
+    return x.permute([*own, *others] if axis == 0 else [*others, *own]).contiguous()
 
 
 def _gpu_of(tensor: Tensor) -> Device:
