@@ -26,6 +26,11 @@ def empty_planes(count: int, shape: torch.Size, device: torch.device) -> Tensor:
     return torch.empty(count, *shape[:-1], pitch(shape[-1]), dtype=torch.int8, device=device)
 
 
+def fits(data: Tensor) -> bool:
+    """Whether the kernels can take ``data``, int8 and channels last, as an operand."""
+    return data.shape[:-1].numel() * pitch(data.shape[-1]) <= MOST_BYTES
+
+
 def padded(data: Tensor) -> Tensor:
     """``data`` if it lies as the kernels want it, else a copy that does.
 
@@ -41,12 +46,12 @@ def padded(data: Tensor) -> Tensor:
     Raises:
         ValueError: The operand is too large for 32-bit offsets.
     """
+    if not fits(data):
+        raise ValueError(f"an operand of shape {tuple(data.shape)} is larger than {MOST_BYTES} bytes")
     width = pitch(data.shape[-1])
     wanted = [width]
     for size in reversed(data.shape[1:-1]):
         wanted.insert(0, wanted[0] * size)
-    if data.shape[:-1].numel() * width > MOST_BYTES:
-        raise ValueError(f"an operand of shape {tuple(data.shape)} is larger than {MOST_BYTES} bytes")
     if data.stride() == (*wanted, 1)[-data.dim() :] and data.data_ptr() % ALIGNMENT == 0:
         return data
     copy = torch.nn.functional.pad(data, (0, width - data.shape[-1])).contiguous()

@@ -2,23 +2,26 @@
 
 import copy
 import dataclasses
+import re
 import sys
+import warnings
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import random_plane
-from machines import moved
+from kernel_cases import needs_compiler, random_plane
+from machines import emulated, moved
 from test_conformance import PLANE_SUM_ULPS, cases, conv_layers, geometries, max_plane_product
 
 from lightning_int8 import backends, convert, gemm_counts, measures
-from lightning_int8.backends import Counts
+from lightning_int8.backends import Counts, cupy
 from lightning_int8.backends.base import plane_pairs
 from lightning_int8.backends.cupy import in_memory_order
 from lightning_int8.geometry import ConvGeometry
-from lightning_int8.kernels import cuda_device
+from lightning_int8.kernels import cuda_device, planes
 from lightning_int8.numerics import Quantized
 
 
@@ -99,7 +102,7 @@ def measuring(machine, recipe):
 @pytest.mark.parametrize(
     ("recipe", "passes"),
     [
-        ("default", {"absmax": 4}),  # x, w, and g per tensor and per channel
+        ("default", {"absmax": 4}),  # x, g, and w along each of its channel axes
         ("unified", {"absmax": 3, "histogram": 1, "error_sums": 1}),
         ("fixed_point", {"absmax": 3 * 3, "error_sums": 3}),  # g of both contractions is one operand
         ("scalable", {"absmax": 7}),  # two sides of x, w and g, and g again in 16 bits
@@ -136,6 +139,48 @@ def test_any_dense_memory_format_is_measured_where_it_is():
     gaps = in_memory_order(weight[:, ::2], 0)
     assert gaps.is_contiguous()
     assert gaps.data_ptr() != weight.data_ptr()
+
+
+# --- where INT8 is not to be had -----------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_operands_too_large_for_the_kernels_are_computed_by_reference_and_said_to_be(monkeypatch):
+    monkeypatch.setattr(planes, "MOST_BYTES", 16 * 100)
+    cupy._too_large.cache_clear()
+    machine = emulated("imma")
+    a, b = (Quantized((random_plane(shape), random_plane(shape))) for shape in ((101, 9), (20, 9)))
+    counts = Counts()
+    with pytest.warns(UserWarning, match=r"'reference' backend computes .* not counted as INT8") as warned:
+        made = [machine.backend.output(a, b, None, counts) for _ in range(2)]
+    assert len(warned) == 1
+    assert all(torch.equal(y, backends.load("reference").output(a, b, None, Counts())) for y in made)
+    assert counts == {("reference", "output"): 8}
+    small = Quantized(tuple(dataclasses.replace(p, data=p.data[:100]) for p in a.planes))
+    machine.backend.output(small, b, None, counts)
+    assert counts["cupy", "output"] == 4
+
+
+@pytest.mark.parametrize(
+    ("capability", "name", "message"),
+    [
+        ((6, 0), "reference", r"cuda:0: .* no INT8 product.*'reference' backend instead.*not counted as INT8"),
+        ((7, 0), "cupy", r"cuda:0: INT8 gains no time here: .* half the rate.* run in INT8 all the same"),
+        ((10, 3), "cupy", r"cuda:0: INT8 gains no time here: .* run in INT8 all the same"),
+        ((6, 1), "cupy", None),
+        ((8, 6), "cupy", None),
+    ],
+)
+def test_one_warning_where_int8_gains_nothing(monkeypatch, capability, name, message):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    backends._gpu.cache_clear()
+    tensor = SimpleNamespace(device=torch.device("cuda", 0))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        chosen = [backends.backend_for(tensor, "cupy") for _ in range(2)]
+    backends._gpu.cache_clear()
+    assert {backend.name for backend in chosen} == {name}
+    assert [bool(re.search(message or "", str(w.message))) for w in warned] == [True] * (message is not None)
 
 
 def test_a_tensor_elsewhere_is_refused():

@@ -7,9 +7,11 @@ import pkgutil
 import warnings
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from lightning_int8.backends.base import Backend, Counts
+from lightning_int8.kernels.gain import OLDEST, why_no_gain
 
 __all__ = ["CHOICES", "Backend", "Counts", "backend_for", "check_choice"]
 
@@ -40,6 +42,8 @@ def backend_for(tensor: Tensor, choice: str) -> Backend:
     Raises:
         RuntimeError: No backend of this version computes there.
     """
+    if choice == "cupy" and tensor.device.type == "cuda":
+        return _gpu(tensor.device.index)
     if choice != "auto":
         return load(choice)
     if tensor.device.type == "cpu":
@@ -49,6 +53,26 @@ def backend_for(tensor: Tensor, choice: str) -> Backend:
         "train on the CPU, pass backend='reference' for slow, exact arithmetic on any device, or, on an NVIDIA GPU, "
         "backend='cupy' to try kernels that have run on an emulated machine only"
     )
+
+
+@cache
+def _gpu(index: int) -> Backend:
+    capability = torch.cuda.get_device_capability(index)
+    reason = why_no_gain(capability)
+    if capability < OLDEST:
+        warnings.warn(
+            f"cuda:{index}: {reason}: computing with the 'reference' backend instead, which is exact and slow; its "
+            "contractions are not counted as INT8",
+            stacklevel=2,
+        )
+        return load("reference")
+    if reason:
+        warnings.warn(
+            f"cuda:{index}: INT8 gains no time here: {reason}; the contractions run in INT8 all the same, since "
+            "backend='cupy' asks for it",
+            stacklevel=2,
+        )
+    return load("cupy")
 
 
 @cache

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from lightning_int8.backends.base import Backend, Counts, plane_pairs
 from lightning_int8.backends.cpu.expression import Expression, values_of
+from lightning_int8.backends.reference import Reference
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.kernels import operators
 from lightning_int8.kernels.cuda_device import cuda_device
 from lightning_int8.kernels.device import Device
+from lightning_int8.kernels.planes import MOST_BYTES, fits
 from lightning_int8.kernels.quantize import quantized
 from lightning_int8.magnitudes import Statistics
 from lightning_int8.measures import QuantizationError
@@ -64,6 +68,8 @@ class CuPy(Backend):
     def _contract(
         self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
     ) -> Tensor:
+        if not all(fits(q.planes[0].data) for q in (a, b)):
+            return _too_large()._contract(contraction, a, b, geometry, counts)
         total: Tensor | None = None
         for i, j in plane_pairs(a, b):
             total = self._product(contraction, a.planes[i], b.planes[j], geometry, total, scaled=True)
@@ -107,6 +113,17 @@ class CuPyStatistics(Statistics):
 def make() -> CuPy:
     """Build the backend; CuPy is imported with the first tensor."""
     return CuPy(_gpu_of)
+
+
+@cache
+def _too_large() -> Backend:
+    """What computes in place of the kernels where an operand does not fit; warns once."""
+    warnings.warn(
+        f"an operand is larger than the {MOST_BYTES} bytes that the CUDA kernels can address: the 'reference' backend "
+        "computes its contractions, exactly and slowly, and they are not counted as INT8; a smaller batch fits",
+        stacklevel=2,
+    )
+    return Reference()
 
 
 def in_memory_order(x: Tensor, axis: int | None) -> Tensor:
