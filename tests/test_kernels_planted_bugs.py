@@ -1,5 +1,7 @@
 """One planted bug of each class, in the sources that ship: the tests of the kernels would see it."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from emulator import KernelError, Machine, sanitizers
@@ -10,6 +12,20 @@ from lightning_int8.kernels.gemm import gemm
 from lightning_int8.kernels.result import Result
 
 pytestmark = needs_compiler
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sanitized(request):
+    """Reports of each sanitizer, from processes that run beside the other tests of this file."""
+    names = {item.name for item in request.session.items}
+    wanted = [s for s in ("thread", "address") if f"test_sanitizers_report[{s}]" in names]
+    with ThreadPoolExecutor() as pool:
+        yield {s: pool.submit(sanitizers.reports, s, SANITIZED.replace("@@", repr(cases_of(s)))) for s in wanted}
+
+
+def cases_of(sanitizer):
+    return {name: case for name, case in SANITIZER_CASES.items() if case[0] == sanitizer}
+
 
 BARRIER = "      __syncthreads();  // everyone's part of this tile is there, and everyone is done with the one before\n"
 
@@ -193,10 +209,9 @@ for name, (sanitizer, kernel, family, edits, report) in @@.items():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
-def test_sanitizers_report(sanitizer):
+def test_sanitizers_report(sanitizer, sanitized):
     """One process for all: it takes longer to start than to run. The symbols of its later modules are not known."""
-    cases = {name: case for name, case in SANITIZER_CASES.items() if case[0] == sanitizer}
-    found = sanitizers.reports(sanitizer, SANITIZED.replace("@@", repr(cases)))
+    cases, found = cases_of(sanitizer), sanitized[sanitizer].result()
     assert list(found) == list(cases)
     for name, summary in found.items():
         expected = cases[name][-1]
