@@ -63,6 +63,16 @@ def test_a_convolution_of_one_tap_is_a_matrix_product(machine):
     assert launches == ["gemm_nt", "gemm_nn", "gemm_tn"]
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_an_activation_behind_a_layer_may_work_in_place(machine, kernel):
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, kernel), torch.nn.ReLU(inplace=True)).to(machine.place)
+    x = torch.randn(2, 4, 5, 5).to(machine.place, memory_format=torch.channels_last).requires_grad_()
+    with machine.chosen():
+        convert(model, backend="cupy")
+        model(x).sum().backward()
+    assert x.grad.isfinite().all()
+
+
 def results_of(layer, x, backend, place):
     model = torch.nn.Sequential(copy.deepcopy(layer)).to(place)
     convert(model, backend=backend)

@@ -90,9 +90,9 @@ class CuPy(Backend):
         rows_a, rows_b = a.data.flatten(0, -2), b.data.flatten(0, -2)
         before = None if addend is None else addend.flatten(0, -2)
         out = operators.cupy_gemm(contraction, rows_a, rows_b, *maps, before, *how)
-        if contraction == "grad_weight":
-            return out.reshape(out.shape[0], *geometry.kernel_size, -1)
-        return out.reshape(*a.data.shape[:-1], -1)
+        lead = (len(out), *geometry.kernel_size) if contraction == "grad_weight" else a.data.shape[:-1]
+        # Not a view to autograd: an activation behind the layer may work in place.
+        return torch.ops.aten._unsafe_view(out, [*lead, out.shape[-1]])
 
 
 class CuPyStatistics(Statistics):
