@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -227,6 +228,13 @@ def quantize(target: Target, shape: tuple[int, int], repeats: int) -> Iterator[d
             if quartiles:
                 rates[name] = round((x.nbytes + x.numel()) / quartiles[1] / 1e6, 1)
         yield {"contraction": rounding, "milliseconds_quartiles": times, "gb_per_s": rates}
+
+
+def work_of(kind: str, shape: Sequence[int]) -> float:
+    """How large the work of a shape is: operations of a product, bytes of a quantized float32 tensor."""
+    if kind == "convolution":
+        return Layer(*shape).operations
+    return (2 if kind == "gemm" else 5) * math.prod(shape)
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lightning_int8.backends.cupy import CuPy
 from lightning_int8.cli.nvidia_driver import driver
 from lightning_int8.kernels.variants import compute_capability
 
-FAMILIES = {"dp4a": "sm_61", "imma": "sm_80"}
+FAMILIES = {"dp4a": "sm_61", "imma": "sm_80", "wgmma": "sm_90a"}
 """Families that can be forced, and the architecture for which launchers choose them."""
 
 TESTS = str(Path(__file__).parents[1] / "tests")
@@ -73,7 +73,10 @@ class Target:
         if self.dry_run:
             return list(FAMILIES)
         major, minor = torch.cuda.get_device_capability(0)
-        return [name for name, arch in FAMILIES.items() if compute_capability(arch) <= 10 * major + minor]
+        number = 10 * major + minor
+        # Code of an architecture with an "a" runs on that one alone.
+        own = {name: compute_capability(arch) for name, arch in FAMILIES.items()}
+        return [n for n, least in own.items() if (least == number if FAMILIES[n][-1] == "a" else least <= number)]
 
     def described(self) -> dict[str, Any]:
         """What figures depend on besides the code."""

@@ -1,10 +1,12 @@
 """Time of a whole training step (forward, backward, SGD) on a GPU: INT8 against bfloat16, float32 and torchao's INT8.
 
 Each INT8 step is checked before it is timed: its loss must be near that of float32, and its contractions must be as
-many as autograd asks for. Needs torchvision for its networks; torchao takes part where it can be imported.
+many as autograd asks for. Models are those of ``gpu_networks``, and any name of torchvision or timm where these are
+installed; torchao takes part where it can be imported. ``gpu_plots.py`` draws the result.
 
     python benchmarks/gpu_train_step.py
-    python benchmarks/gpu_train_step.py --dry-run        # a small network on the emulated machine, nothing is timed
+    python benchmarks/gpu_train_step.py --model resnet101 convnext_tiny --batch 128
+    python benchmarks/gpu_train_step.py --dry-run        # small networks on the emulated machine, nothing is timed
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from typing import Any
 from unittest import mock
 
 import torch
+from gpu_networks import DEFAULT, DRY, Workload, batch_of, parameters_in_millions, workload
 from gpu_timing import Target, tf32
 from records import RESULTS, add_run, open_record, origin
 from torch import Tensor, nn
 
 from lightning_int8 import backends, convert, gemm_counts, recipes
-from lightning_int8.vision.models import MODELS
 from lightning_int8.vision.required import Contractions, contractions_of_one_step, mismatches
 
 RECIPE = "default"
@@ -34,62 +36,27 @@ LOSS_LIMIT = 0.05
 SETTLING_STEPS = 4
 """Ranges are measured at steps 0, 1, 2 and 4, and then at doubling distances: few of the timed steps measure them."""
 
-Network = Callable[[], tuple[nn.Module, tuple[int, ...], int]]
-
-
-def _torchvision(name: str) -> Network:
-    def make() -> tuple[nn.Module, tuple[int, ...], int]:
-        import torchvision
-
-        return getattr(torchvision.models, name)(), (256, 3, 224, 224), 1000
-
-    return make
-
-
-def _perceptron() -> tuple[nn.Module, tuple[int, ...], int]:
-    width, depth, classes = 4096, 6, 1000
-    layers = [m for _ in range(depth) for m in (nn.Linear(width, width), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(width, classes)), (16384, width), classes
-
-
-class Encoder(nn.Module):
-    """A transformer encoder of ViT-L's size over embedded patches, and a classifier of their mean."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(1024, 16, 4096, dropout=0.0, batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 24, enable_nested_tensor=False)
-        self.head = nn.Linear(1024, 1000)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """Logits."""
-        return self.head(self.encoder(patches).mean(1))
-
-
-NETWORKS: dict[str, Network] = {
-    "resnet50": _torchvision("resnet50"),
-    "vgg16": _torchvision("vgg16"),
-    "mlp4096": _perceptron,
-    "vit_l": lambda: (Encoder(), (64, 197, 1024), 1000),
-}
-SMALL: dict[str, Network] = {"resnet8": lambda: (MODELS["resnet8"](1, 10), (2, 1, 12, 12), 10)}
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
+    parser.add_argument("--model", nargs="+", help=f"default: {' '.join(DEFAULT)}; in a dry run {' '.join(DRY)}")
+    parser.add_argument("--batch", type=int, help="default: 256 images, 16384 rows of the perceptron, 64 sequences")
     parser.add_argument("--repeats", type=int, default=30, help="timed steps")
-    parser.add_argument("--dry-run", action="store_true", help="a small network on the emulated machine, not timed")
+    parser.add_argument("--dry-run", action="store_true", help="small networks on the emulated machine, not timed")
     parser.add_argument("--output", type=Path, help="default: results/gpu_train_step.json; none in a dry run")
     options = parser.parse_args(argv)
     target = Target(options.dry_run)
     output = options.output or (None if options.dry_run else RESULTS / "gpu_train_step.json")
     if output:
         open_record(output, target.described() | {"recipe": RECIPE})
-    networks = SMALL if options.dry_run else {name: NETWORKS[name] for name in options.networks}
-    for name, network in networks.items():
-        entry = {"network": name, **measure(target, network, options.repeats)} | origin()
+    for name in options.model or (DRY if options.dry_run else DEFAULT):
+        torch.manual_seed(0)
+        try:
+            work = workload(name, options.batch, options.dry_run)
+        except ValueError as error:
+            parser.error(str(error))
+        entry = {"network": name, **measure(target, work, options.repeats)} | origin()
         if output:
             add_run(output, entry, summarise)
         print(describe(entry), flush=True)
@@ -97,16 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(target: Target, network: Network, repeats: int) -> dict[str, Any]:
+def measure(target: Target, work: Workload, repeats: int) -> dict[str, Any]:
     """Check and time one network in every precision."""
-    torch.manual_seed(0)
-    model, shape, classes = network()
-    model = model.to(target.place)
-    x = torch.randn(shape, device=target.place)
-    if len(shape) == 4:
+    model = work.model.to(target.place)
+    x, labels = batch_of(work, target.place)
+    if x.dim() == 4:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = x.to(memory_format=torch.channels_last)
-    labels = torch.randint(0, classes, shape[:1], device=target.place)
     required = contractions_of_one_step(model, x[:2])
     with torch.no_grad():
         truth = float(nn.functional.cross_entropy(copy.deepcopy(model)(x), labels))
@@ -122,7 +85,8 @@ def measure(target: Target, network: Network, repeats: int) -> dict[str, Any]:
         del own
         if not target.dry_run:
             torch.cuda.empty_cache()
-    return {"batch": shape[0], "milliseconds_quartiles": times, "without": failures}
+    size = {"batch": len(x), "parameters_in_millions": parameters_in_millions(model)}
+    return size | {"milliseconds_quartiles": times, "without": failures}
 
 
 def precisions(target: Target) -> dict[str, Callable[[nn.Module], contextlib.AbstractContextManager[bool]]]:

@@ -53,7 +53,7 @@ def clocked(monkeypatch, script):
     return target
 
 
-KINDS = {"gemm": 7, "convolution": 6, "quantize": 2}
+KINDS = {"gemm": 8, "convolution": 7, "quantize": 2}
 """Ways that each kind of work is done."""
 
 
@@ -72,12 +72,42 @@ def test_a_dry_run_checks_every_kernel_and_times_nothing(script, tmp_path, capsy
     assert "TOPS" not in capsys.readouterr().out
 
 
-def test_a_dry_run_checks_a_training_step(script, tmp_path):
+def test_a_dry_run_checks_training_steps(script, tmp_path):
     output = tmp_path / "step.json"
     assert script("gpu_train_step").main(["--dry-run", "--output", str(output)]) == 0
+    runs = json.loads(output.read_text())["runs"]
+    assert [run["network"] for run in runs] == ["resnet8", "mlp4096", "vit_l"]
+    for run in runs:
+        assert {"int8", "int8 dp4a, float32 around", "bfloat16", "float32"} <= set(run["milliseconds_quartiles"])
+        assert set(run["milliseconds_quartiles"].values()) == {None}
+
+
+@pytest.mark.models
+@pytest.mark.parametrize("name", ["squeezenet1_1", "test_resnet.r160_in1k"])
+def test_a_dry_run_of_any_model_of_torchvision_and_timm(script, tmp_path, name):
+    library = pytest.importorskip("timm" if "." in name else "torchvision")
+    output = tmp_path / "step.json"
+    assert script("gpu_train_step").main(["--dry-run", "--model", name, "--output", str(output)]) == 0
     (run,) = json.loads(output.read_text())["runs"]
-    assert {"int8", "int8 dp4a, float32 around", "bfloat16", "float32"} <= set(run["milliseconds_quartiles"])
-    assert set(run["milliseconds_quartiles"].values()) == {None}
+    assert (run["network"], run["batch"]) == (name, 2)
+    assert "int8" in run["milliseconds_quartiles"], library.__version__
+
+
+def test_the_networks_have_the_sizes_that_they_are_named_for(script):
+    networks = script("gpu_networks")
+    with torch.device("meta"):
+        works = {name: networks.workload(name, None, dry_run=False) for name in ("mlp4096", "vit_l")}
+    sizes = {name: networks.parameters_in_millions(work.model) for name, work in works.items()}
+    assert sizes["mlp4096"] == pytest.approx(6 * 4096**2 / 1e6, rel=0.05)
+    assert sizes["vit_l"] == pytest.approx(304, rel=0.01)  # ViT-L/16 without its patch embedding
+    assert works["vit_l"].shape == (64, 197, 1024)
+    assert networks.workload("mlp4096", 7, dry_run=False).shape == (7, 4096)
+
+
+def test_a_model_that_nobody_knows_is_named(script, capsys):
+    with pytest.raises(SystemExit):
+        script("gpu_train_step").main(["--dry-run", "--model", "resnet9000"])
+    assert "'resnet9000' is not one of mlp4096, vit_l, " in capsys.readouterr().err
 
 
 def test_a_dry_run_leaves_the_results_alone(script, tmp_path, monkeypatch, capsys):
@@ -153,7 +183,8 @@ def test_rates_are_operations_over_the_median(script, clocked, monkeypatch):
 
 def test_the_timed_path_of_a_step(script, clocked):
     step = script("gpu_train_step")
-    entry = step.measure(clocked, step.SMALL["resnet8"], 3) | {"network": "resnet8"}
+    work = script("gpu_networks").workload("resnet8", None, dry_run=True)
+    entry = step.measure(clocked, work, 3) | {"network": "resnet8"}
     assert "int8 " in step.describe(entry)
     ratios = step.summarise([entry])["resnet8"]
     medians = {name: q[1] for name, q in entry["milliseconds_quartiles"].items()}
@@ -163,3 +194,41 @@ def test_the_timed_path_of_a_step(script, clocked):
 def test_operands_outgrow_the_cache(clocked):
     assert clocked.sets(bytes_of_one=500) == 7
     assert clocked.sets(bytes_of_one=10**9) == 1
+
+
+# --- plots ---------------------------------------------------------------------------------------------------------
+
+
+def test_plots_show_what_was_measured(script, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots, kernels, step = (script(name) for name in ("gpu_plots", "gpu_kernels", "gpu_train_step"))
+    ceilings = {"int8_tops": 100.0, "bfloat16_tops": 50.0, "copy_gb_per_s": 1000.0}
+    common = {"ceilings": ceilings, "contraction": "output", "kind": "gemm"}
+    runs = [common | {"shape": [n, n, n], "tops": {"cupy": 0.5 * n, "bfloat16": 0.25 * n}} for n in (64, 32, 64)]
+    runs.append({"ceilings": ceilings, "contraction": "nearest", "kind": "quantize", "shape": [100, 10]})
+    runs[-1]["gb_per_s"] = {"float32": 800.0}
+    record = {"machine": {"device": "a GPU"}, "dry_run": False, "runs": runs, "summary": kernels.summarise(runs)}
+    assert plots.shares(record) == {
+        "gemm output": {
+            "cupy": [(2 * 32**3, 0.16), (2 * 64**3, 0.32)],
+            "bfloat16": [(2 * 32**3, 0.16), (2 * 64**3, 0.32)],
+        },
+        "quantize nearest": {"float32": [(5000, 0.8)]},
+    }
+    times = {"int8": [1.0, 2.0, 3.0], "bfloat16": [2.0, 3.0, 4.0], "torchao int8": None}
+    steps = [{"network": "resnet50", "milliseconds_quartiles": times}]
+    stepped = record | {"runs": steps, "summary": step.summarise(steps)}
+    assert plots.ratios(stepped) == {"resnet50": {"int8": 1.0, "bfloat16": 1.5}}
+    files = [tmp_path / "kernels.json", tmp_path / "steps.json"]
+    for file, content in zip(files, (record, stepped), strict=True):
+        file.write_text(json.dumps(content))
+    assert plots.main([str(f) for f in files]) == 0
+    assert all(f.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" for f in files)
+
+
+def test_a_dry_run_is_not_drawn(script, tmp_path, capsys):
+    plots, output = script("gpu_plots"), tmp_path / "dry.json"
+    assert script("gpu_kernels").main(["--dry-run", "--only", "quantize", "--output", str(output)]) == 0
+    with pytest.raises(SystemExit):
+        plots.main([str(output)])
+    assert "has no times" in capsys.readouterr().err
