@@ -7,6 +7,6 @@ joins them.
 
 On the Python side ``gemm``, ``convolution``, ``quantize`` and ``reductions`` fill in the structures that kernels take
 (``parameters``) and launch them on a ``device.Device``; ``variants`` chooses family and tile; ``build`` and ``nvrtc``
-make machine code of the sources, and ``cuda_device`` runs it through CuPy. Nothing here needs a GPU, CuPy or a compiler
-before the first launch.
+make machine code of the sources, and ``cuda_device`` runs it through CuPy. ``operators`` makes operators of torch of
+them all. Nothing here needs a GPU, CuPy or a compiler before the first launch.
 """

@@ -31,7 +31,7 @@ def agree(operands: Sequence[Operand], mode: str) -> None:
         mode: "max" or "mean"; "local" is the maximum of the distances, and nothing else.
     """
     ranges = mode != "local"
-    # Communicate where the model is: keys stay on the host, clip values follow the tensors.
+    # NCCL moves memory of GPUs alone. Random keys are not shared: each rank draws its own noise.
     device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
     parts = [part for operand in operands for part in operand.shared(ranges)]
     sizes = [shape.numel() for shape, _ in parts]

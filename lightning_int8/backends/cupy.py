@@ -46,8 +46,8 @@ class CuPy(Backend):
         self, x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor
     ) -> Quantized:
         """See ``Backend.quantize``."""
-        drawn = key if spec.rounding == "stochastic" else None
         x = values_of(x).detach().contiguous()
+        drawn = key.to(x.device, non_blocking=True) if spec.rounding == "stochastic" else None
         planes, scales, zeros = operators.cupy_quantize(
             x, clip_value, drawn, spec.bits, spec.affine, axis, self._machine
         )
