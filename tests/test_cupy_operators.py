@@ -15,6 +15,7 @@ from lightning_int8 import convert
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.kernels import operators
 from lightning_int8.rewrite import layer_states
+from lightning_int8.spec import OperandSpec
 
 pytestmark = needs_compiler
 
@@ -168,6 +169,15 @@ def test_a_step_between_refreshes_needs_nothing_of_the_host(recipe):
         with OneDevice() as mode:
             step(x)
     assert {f"lightning_int8.cupy_{n}.default" for n in ("quantize", "gemm", "convolution")} <= mode.names
+
+
+def test_a_key_elsewhere_is_brought_to_the_tensor(monkeypatch):
+    keys, quantize = [], operators.cupy_quantize
+    monkeypatch.setattr(operators, "cupy_quantize", lambda *a: (keys.append(a[2]), quantize(*a))[1])
+    x, clip_value = (torch.empty(size, device="meta") for size in ((4, 20), ()))
+    spec = OperandSpec(rounding="stochastic")
+    emulated("imma").backend.quantize(x, clip_value, spec, None, torch.tensor([1, 2, 3]))
+    assert [key.device.type for key in keys] == ["meta"]
 
 
 @pytest.mark.usefixtures("no_autocast")
