@@ -28,7 +28,7 @@ WIDE_COSINE_FLOOR = 0.999999
 """The same with operands of three planes: what 8 bits lack is noise and goes with it."""
 
 EVAL_FLOOR, TRAINING_FLOOR = 0.9999, 0.995
-"""Likewise for whole networks with fixed and with own statistics, which in the last layers are those of few values: there
+"""Likewise for whole networks with fixed and with own statistics, which in the last layers are of few values: there
 float32 itself comes to 0.9999 of float64, with one order of summation or another."""
 
 NEGLIGIBLE = 1e-6
