@@ -33,6 +33,50 @@ def largest_and_share_beyond_sigma(x: Tensor, axis: int | None) -> tuple[Tensor,
     return torch.from_numpy(largest).reshape(shape), torch.from_numpy(share).reshape(shape)
 
 
+def absmax(x: Tensor, axis: int | None) -> Tensor:
+    """See ``magnitudes.Statistics.absmax``; of contiguous float32, not empty."""
+    patterns = x.detach().view(torch.int32)
+    if axis is not None and axis % x.dim() == x.dim() - 1:
+        largest = _largest_of_columns(patterns.view(-1, x.shape[-1]).numpy())
+    else:
+        largest = _largest_of_rows(patterns.view(1 if axis is None else x.shape[0], -1).numpy())
+    shape = () if axis is None else (-1,)
+    return torch.from_numpy(largest).view(torch.float32).reshape(shape)
+
+
+# As integers, the patterns of magnitudes are in the order of magnitudes, and what is no number is largest.
+
+
+@_jit
+def _largest_of_rows(patterns):
+    largest = np.empty(patterns.shape[0], np.int32)
+    for r in range(patterns.shape[0]):
+        largest[r] = _largest(patterns[r])
+    return largest
+
+
+@_jit
+def _largest(patterns):
+    largest = np.int32(0)
+    for i in range(patterns.size):
+        largest = max(largest, np.int32(patterns[i] & 0x7FFFFFFF))
+    return largest
+
+
+@_jit
+def _largest_of_columns(patterns):
+    largest = np.zeros(patterns.shape[1], np.int32)
+    for r in range(patterns.shape[0]):
+        _take_larger(patterns[r], largest)
+    return largest
+
+
+@_jit
+def _take_larger(patterns, largest):
+    for i in range(largest.size):
+        largest[i] = max(largest[i], np.int32(patterns[i] & 0x7FFFFFFF))
+
+
 @_jit
 def _histogram(patterns, first, shift, counts):
     for i in range(patterns.size):

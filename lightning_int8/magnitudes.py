@@ -31,6 +31,9 @@ class Statistics:
 
     def absmax(self, x: Tensor, axis: int | None) -> Tensor:
         """Largest magnitude, see ``numerics.absmax``."""
+        fused = _fused(x.device.type) if x.dtype == torch.float32 and x.dim() > 1 else None
+        if fused is not None and x.is_contiguous() and x.numel() > 0:
+            return fused.absmax(x, axis)
         return numerics.absmax(x, axis)
 
     def histogram(self, x: Tensor, largest: Tensor) -> Tensor:

@@ -237,3 +237,18 @@ def test_a_nan_shows_in_the_largest_magnitude():
                 x = torch.ones(3, 4)
                 x[1, 2] = torch.nan
                 assert STATISTICS.largest_and_share_beyond_sigma(x, axis)[0].isnan().any()
+
+
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+    axis=st.sampled_from([None, 0, -1]),
+    special=st.sampled_from([0.0, torch.nan, torch.inf, -torch.inf, -1e-42, -3e38]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_largest_magnitude_takes_one_pass_and_is_the_same(shape, axis, special, seed):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x.view(-1)[seed % x.numel()] = special
+    measured, expected = STATISTICS.absmax(x, axis), numerics.absmax(x, axis)
+    assert measured.shape == expected.shape
+    assert torch.equal(measured.nan_to_num(-1.0, -2.0), expected.nan_to_num(-1.0, -2.0))
