@@ -362,3 +362,34 @@ def test_other_dtypes_and_shapes_are_left_to_torch():
     assert (y + torch.ones(2, 16, 5, 5, dtype=torch.float64)).dtype == torch.float64
     assert torch.add(y, y, alpha=2).shape == y.shape
     assert functional.batch_norm(y, None, None, torch.ones(16).half().float(), None, True).shape == y.shape
+
+
+def test_gradients_of_parameters_are_plain():
+    map_of_biases = nn.Parameter(torch.randn(4, 16, 9, 10))
+    functional.relu(converted()[0](IMAGES) + map_of_biases).square().sum().backward()
+    assert type(map_of_biases.grad) is torch.Tensor
+
+
+def test_results_written_into_a_deferred_tensor_leave_its_source_alone():
+    net = converted()
+    values = net[0](IMAGES).detach().clone()
+    for write in (
+        lambda y: torch.add(torch.ones_like(y), 1, out=y),
+        lambda y: torch._foreach_mul_([y], 0.5),
+        lambda y: y.zero_(),
+    ):
+        with torch.no_grad():
+            y = converted()[0](IMAGES)
+            z = torch.relu(y)
+            write(y)
+            assert not torch.equal(y, values)
+            assert torch.equal(z, torch.relu(values))
+
+
+def test_a_deferred_tensor_may_be_a_gradient():
+    x = torch.randn(2, 16, 5, 5, requires_grad=True)
+    gradient = torch.relu(nn.BatchNorm2d(16)(Defer.apply(torch.randn(2, 16, 5, 5), True))).detach()
+    (expected,) = torch.autograd.grad(torch.relu(x * 1), x, gradient)
+    deferred = Deferred(Expression((Term(gradient.movedim(1, -1).contiguous() - 1),), torch.ones(16), True), True)
+    (found,) = torch.autograd.grad(torch.relu(Defer.apply(x, True)), x, deferred)
+    torch.testing.assert_close(found, expected)

@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_int8.fusion.deferred import Deferred, canonical, fuses, is_fusable
+from lightning_int8.fusion.deferred import Deferred, canonical, fuses, is_fusable, plain
 
 
 @fuses(torch.add, Tensor.add)
 def add(input: Tensor, other: Any, **unusual: Any) -> Any:
     """``torch.add``."""
-    if unusual or not (isinstance(input, Tensor) and is_fusable(input, input.shape)):
-        return NotImplemented
-    if not is_fusable(other, input.shape):
+    shape = getattr(input, "shape", None)  # of a number there is none
+    if unusual or not is_fusable(input, shape) or not is_fusable(other, shape):
         return NotImplemented
     return _Add.apply(input, other, False)
 
@@ -32,6 +31,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, inplace: bool) -> Deferred:
         ctx.set_materialize_grads(False)
+        ctx.deferred = [isinstance(t, Deferred) for t in (a, b)]
         total = canonical(a).plus(canonical(b))
         # A block's sum is read twice: by the next block's convolution and by its addition.
         total.kept = True
@@ -46,4 +46,6 @@ class _Add(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        return grad, grad, None
+        # What is not deferred has another producer, maybe a parameter, whose gradient others store and send.
+        grad_a, grad_b = (grad if deferred else plain(grad) for deferred in ctx.deferred)
+        return grad_a, grad_b, None

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_int8.backends.cpu.expression import Expression, Term
 
@@ -116,10 +116,13 @@ class Deferred(Tensor):
             # Autograd adds the gradients of a tensor that was used twice.
             return canonical(args[0]).plus(canonical(args[1])).values().movedim(-1, 1)
         if func._schema.is_mutable:
-            for argument, value in zip(func._schema.arguments, args, strict=False):
-                if isinstance(value, Deferred) and argument.alias_info is not None and argument.alias_info.is_write:
-                    value._make_private()
-        return func(*tree_map(_plain_of, args), **tree_map(_plain_of, kwargs))
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written = args[place] if place < len(args) else kwargs.get(argument.name)
+                    for tensor in tree_leaves(written):
+                        if isinstance(tensor, Deferred):
+                            tensor._make_private()
+        return func(*tree_map(plain, args), **tree_map(plain, kwargs))
 
     def _make_private(self) -> None:
         """Before a change in place: values that an expression elsewhere may read stay as they are."""
@@ -138,15 +141,15 @@ def canonical(tensor: Tensor | None) -> Expression:
 def plain_term(gradient: Tensor) -> Term:
     """A gradient ``(N, C, *spatial)`` as one term without factors."""
     expression = canonical(gradient)
-    if len(expression.terms) > 1 or expression.terms[0].factor is not None:
+    if not expression.is_term or expression.terms[0].factor is not None:
         expression.values()
     return expression.terms[0]
 
 
-def is_fusable(tensor: Any, shape: torch.Size) -> bool:
+def is_fusable(tensor: Any, shape: torch.Size | None) -> bool:
     """Whether a tensor can be part of an expression of this shape."""
     return (
-        isinstance(tensor, Tensor)
+        type(tensor) in (Tensor, nn.Parameter, Deferred)
         and tensor.shape == shape
         and tensor.dtype == torch.float32
         and tensor.device.type == "cpu"
@@ -154,7 +157,8 @@ def is_fusable(tensor: Any, shape: torch.Size) -> bool:
     )
 
 
-def _plain_of(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The plain tensor of a deferred one; everything else as it is."""
     return value.plain() if isinstance(value, Deferred) else value
 
 

@@ -151,9 +151,14 @@ class Expression:
         return self.terms[0].values.device
 
     @property
+    def is_term(self) -> bool:
+        """Whether it is one term and nothing else."""
+        return len(self.terms) == 1 and self.offset is None and not self.rectified
+
+    @property
     def is_plain(self) -> bool:
         """Whether there is nothing left to compute."""
-        return len(self.terms) == 1 and self.terms[0].is_plain and self.offset is None and not self.rectified
+        return self.is_term and self.terms[0].is_plain
 
     def values(self) -> Tensor:
         """float32 values, canonical; computed once."""
