@@ -1,4 +1,4 @@
-"""Which route was fastest, remembered between processes in one small JSON file of the user's cache directory."""
+"""What timing found, remembered between processes in small JSON files of the user's cache directory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ _MOST_ENTRIES = 4096
 
 
 class ChoiceFile:
-    """Names of routes by problem, for this CPU and this torch.
+    """What was found by problem, such as the name of the fastest route, for this CPU and this torch.
 
     The file holds nothing that results depend on: whatever is wrong with it, it is read as empty, and where it cannot
     be written nothing is remembered. Processes may read and write it at the same time; each write replaces it whole, so
     what is lost at worst is an entry that the next process times again.
 
     Args:
-        path: Where the file is; None for ``lightning_int8/routes.json`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        path: Where the file is; None for ``lightning_int8/`` under ``$XDG_CACHE_HOME`` or ``~/.cache``.
+        name: Of the file in that folder.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, name: str = "routes.json") -> None:
         self._given_path = path
+        self._name = name
         self._entries: dict[str, str] | None = None
 
     @property
@@ -37,20 +39,20 @@ class ChoiceFile:
         if self._given_path is not None:
             return self._given_path
         folder = os.environ.get("XDG_CACHE_HOME")
-        return (Path(folder) if folder else Path.home() / ".cache") / "lightning_int8" / "routes.json"
+        return (Path(folder) if folder else Path.home() / ".cache") / "lightning_int8" / self._name
 
     def get(self, problem: str) -> str | None:
-        """The route remembered for ``problem``; the file is read once per process."""
+        """What is remembered of ``problem``; the file is read once per process."""
         if self._entries is None:
             self._entries = self._read().get(machine(), {})
         return self._entries.get(problem)
 
-    def put(self, problem: str, route: str) -> None:
-        """Remember ``route`` for ``problem``."""
+    def put(self, problem: str, found: str) -> None:
+        """Remember ``found`` for ``problem``."""
         machines = self._read()
-        entries = {**machines.get(machine(), {}), problem: route}
+        entries = {**machines.get(machine(), {}), problem: found}
         if len(entries) > _MOST_ENTRIES:
-            entries = {problem: route}
+            entries = {problem: found}
         self._entries = machines[machine()] = entries
         with suppress(OSError):  # a read-only or full disk costs the next process its timings, nothing else
             self._write({"format": _FORMAT, "machines": machines})
