@@ -10,28 +10,33 @@ import torch
 
 from lightning_int8.clock import Clock
 from lightning_int8.contraction import LayerState
+from lightning_int8.layer_times import LayerTimes
 from lightning_int8.operand import Operand
 from lightning_int8.policies import WIDTHS, BitWidthRule, DeviationFactor
-from lightning_int8.spec import Recipe
+from lightning_int8.settings import Settings
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 """Version of the saved state; raise it whenever the layout changes."""
 
-_FIELDS = ("recipe", "numerics", "steps", "loss_scale", "ordered", "steering", "layers")
+_FIELDS = ("recipe", "numerics", "choice", "steps", "loss_scale", "ordered", "steering", "layers")
 
 
-def state_of(recipe: Recipe, clock: Clock, loss_scale: float | None, states: Sequence[LayerState]) -> dict[str, Any]:
+def state_of(
+    settings: Settings, clock: Clock, loss_scale: float | None, states: Sequence[LayerState]
+) -> dict[str, Any]:
     """Everything that a resumed run needs, in tensors and primitives."""
     return {
         "version": STATE_VERSION,
-        "recipe": recipe.name,
-        "numerics": repr(recipe),
+        "recipe": settings.recipe.name,
+        "numerics": repr(settings.recipe),
+        "choice": settings.layers,
         "steps": clock.steps,
         "loss_scale": loss_scale,
         "ordered": clock.order is None,
         "steering": {
             s.name: {
-                "kept_float": s.kept_float,
+                "kept_by_recipe": s.kept_by_recipe,
+                "times": None if s.times is None else asdict(s.times),
                 "learning_rate": None if s.learning_rate is None else asdict(s.learning_rate),
             }
             for s in states
@@ -49,14 +54,15 @@ def load(state: dict[str, Any], clock: Clock, states: Sequence[LayerState]) -> N
     clock.order = None if state["ordered"] else []
     for layer in states:
         steering = state["steering"][layer.name]
-        layer.kept_float = steering["kept_float"]
-        rule = steering["learning_rate"]
+        layer.kept_by_recipe = steering["kept_by_recipe"]
+        times, rule = steering["times"], steering["learning_rate"]
+        layer.times = None if times is None else LayerTimes(**times)
         layer.scale_learning_rate(None if rule is None else DeviationFactor(**rule))
         for operand in layer.distinct_operands():
             operand.load_state_dict(state["layers"][layer.name][operand.slot])
 
 
-def check(state: Any, recipe: Recipe, states: Sequence[LayerState]) -> None:
+def check(state: Any, settings: Settings, states: Sequence[LayerState]) -> None:
     """Refuse what ``load`` could not use.
 
     Raises:
@@ -70,7 +76,8 @@ def check(state: Any, recipe: Recipe, states: Sequence[LayerState]) -> None:
     for field in _FIELDS:
         if field not in state:
             raise ValueError(f"INT8 plugin state: field {field!r} is missing: the state is truncated")
-    for field, value in (("recipe", recipe.name), ("numerics", repr(recipe))):
+    recipe = settings.recipe
+    for field, value in (("recipe", recipe.name), ("numerics", repr(recipe)), ("choice", settings.layers)):
         if state[field] != value:
             there, here = _around_difference(str(state[field]), value)
             raise ValueError(f"INT8 plugin state: {field}: {there!r} was saved, {here!r} is in use")
@@ -109,7 +116,9 @@ def _around_difference(a: str, b: str, context: int = 60) -> tuple[str, str]:
 
 def _check_steering(layer: str, entry: Any) -> None:
     try:
-        assert isinstance(entry["kept_float"], str)
+        assert isinstance(entry["kept_by_recipe"], str)
+        if entry["times"] is not None:
+            LayerTimes(**entry["times"])
         if entry["learning_rate"] is not None:
             DeviationFactor(**entry["learning_rate"])
     except (AssertionError, KeyError, TypeError, ValueError) as error:

@@ -13,6 +13,8 @@ from lightning_int8.backends.cpu.expression import Expression, Term
 from lightning_int8.clock import Clock
 from lightning_int8.fusion import Deferred
 from lightning_int8.geometry import ConvGeometry
+from lightning_int8.layer_call import LayerCall
+from lightning_int8.layer_times import LayerTimes
 from lightning_int8.numerics import Quantized
 from lightning_int8.operand import Operand, make_operands
 from lightning_int8.policies import BitWidthRule, DeviationFactor
@@ -31,7 +33,9 @@ class LayerState:
         operands: Operand of each slot; slots may share one.
         counts: Contractions executed.
         train_calls: Forward passes of training that had something to compute.
-        kept_float: Why the layer computes in float after all, empty if it does not.
+        call: The training call that asked for most so far, None before the first.
+        kept_by_recipe: Why the recipe keeps the layer in float, empty if it does not.
+        times: Of the layer in INT8 and in float, once ``layers="auto"`` has compared them.
         learning_rate: Rule of the layer's learning-rate factor, or None.
         factor: Factor of the layer's updates, in force at the next optimizer step.
     """
@@ -47,7 +51,9 @@ class LayerState:
         self.operands = make_operands(recipe, name, layer, clock, seed)
         self.counts = Counts()
         self.train_calls = 0
-        self.kept_float = ""
+        self.call: LayerCall | None = None
+        self.kept_by_recipe = ""
+        self.times: LayerTimes | None = None
         self.learning_rate: DeviationFactor | None = None
         self.factor = 1.0
         self._factor_of: Tensor | None = None
@@ -55,6 +61,17 @@ class LayerState:
             self.scale_learning_rate(recipe.learning_rate)
         if recipe.bit_width is not None:
             self.adapt_widths(recipe.bit_width)
+
+    @property
+    def kept_float(self) -> str:
+        """Why the layer computes in float after all, empty if it does not."""
+        return self.kept_by_recipe or ("" if self.times is None else self.times.reason)
+
+    def note(self, call: LayerCall) -> None:
+        """Take note of a training call; the largest one is what timings and the report are about."""
+        if self.call is None or call.extent > self.call.extent:
+            self.call = call
+            self.counts.routes.clear()
 
     def adapt_widths(self, rule: BitWidthRule) -> None:
         """Let ``rule`` decide the widths of the operands from now on."""
@@ -134,6 +151,9 @@ class _Contraction(torch.autograd.Function):
         planes = _Planes(backend, update=fresh)
         if fresh and state.clock.order is not None and state.name not in state.clock.order:
             state.clock.order.append(state.name)
+        needs_x, needs_w = (differentiable and needed for needed in ctx.needs_input_grad[:2])
+        if fresh:
+            state.note(LayerCall.of(x, geometry, channels_last, needs_x, needs_w))
         keys = {o: o.draw(fresh, x.device) for o in state.distinct_operands()}
         dtype = _output_dtype(x)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -145,7 +165,6 @@ class _Contraction(torch.autograd.Function):
             y = backend.output(qx, qw, geometry, state.counts)
             if bias is not None:
                 y += bias.float()
-            needs_x, needs_w = (differentiable and needed for needed in ctx.needs_input_grad[:2])
             saved_w = planes.of(operands["grad_input.rhs"], w, keys) if needs_x else None
             saved_x = planes.of(operands["grad_weight.rhs"], source, keys) if needs_w else None
 

@@ -16,8 +16,8 @@ from lightning_int8.policies import BitWidthRule, DeviationFactor
 from lightning_int8.report import ConversionReport, current, execution_table
 from lightning_int8.rewrite import Conversion, conversion_of, convert_with, layer_states
 from lightning_int8.settings import Settings
-from lightning_int8.steering import Steering, several_ranks
-from lightning_int8.sync import SYNC_CLIP, agree, of_first_rank
+from lightning_int8.steering import Steering
+from lightning_int8.sync import SYNC_CLIP, agree, of_first_rank, several_ranks
 
 HIGH_PRECISION = ("32-true", "bf16-mixed", "16-mixed")
 """What the layers that stay in float, and everything between layers, compute in."""
@@ -155,10 +155,10 @@ class Engine:
                     "something replaces what its forward calls"
                 )
         agreed = not several_ranks() or self._agree(finished)
-        unordered = self.clock.order is not None
+        before = {state.name for state in self._states if state.kept_float}
         self.steering.settle(agreed)
         for state in self._states:
-            if unordered and state.kept_float:
+            if state.kept_float and state.name not in before:
                 rank_zero_info(f"layer {state.name!r} stays in float from now on: {state.kept_float}")
 
     def _agree(self, finished: range) -> bool:
@@ -201,7 +201,7 @@ class Engine:
         """Everything that a resumed run needs, in tensors and primitives; empty before the conversion."""
         if self._conversion is None:
             return {}
-        return checkpoint.state_of(self.settings.recipe, self.clock, self._loss_scale, self._states)
+        return checkpoint.state_of(self.settings, self.clock, self._loss_scale, self._states)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of ``state_dict``. Everything is checked before anything changes.
@@ -219,7 +219,7 @@ class Engine:
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Raise the error of ``load_state_dict``, if any, and change nothing."""
-        checkpoint.check(state, self.settings.recipe, self._states)
+        checkpoint.check(state, self.settings, self._states)
 
 
 def _refuse_sharded(model: nn.Module) -> None:

@@ -35,7 +35,8 @@ class Int8Precision(MixedPrecision, *twin("pytorch_lightning", "plugins.precisio
     Args:
         recipe: A name (``lightning_int8.recipes.names()``), a ``Recipe``, or the path of a YAML recipe.
         skip: Names or globs of layers, or of modules that contain them, to keep in float.
-        layers: "int8" converts every layer that can be.
+        layers: "int8" converts every layer that can be; "auto" takes back, after the first training step, those that
+            are faster in float on this machine. DDP ranks agree, and a resumed run keeps what was decided.
         high_precision: What the rest computes in: "32-true", "bf16-mixed" or "16-mixed" (with a gradient scaler).
         backend: "auto" chooses by the device; or the name of one.
         sync_clip: How DDP ranks agree on clip values after a refresh: "max", "mean" or "local". Learning-rate factors

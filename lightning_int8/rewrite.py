@@ -61,7 +61,8 @@ def convert(
         model: Any module; its own submodules are converted, and itself if its type is one that is.
         recipe: A name (``recipes.names()``), a ``Recipe``, or the path of a YAML recipe.
         skip: Names or globs of layers, or of modules that contain them, to keep in float.
-        layers: "int8" converts every layer that can be.
+        layers: "int8" converts every layer that can be; "auto" takes back, after the first training step, those that
+            are faster in float on this machine.
         backend: "auto" chooses by the device of the input at each call; or the name of one.
         fuse: Whether batch norm, ReLU, addition and max pooling between convolutions are computed while their result is
             quantized, on the CPU; see ``docs/fusion.md``.
@@ -117,11 +118,13 @@ def convert_with(model: nn.Module, settings: Settings) -> ConversionReport:
             clock.order = []
     if clock.order == []:
         for state in layer_states(model):
-            state.kept_float = ""  # which layers run first and last is seen anew
+            state.kept_by_recipe = ""  # which layers run first and last is seen anew
     _disable_fused_eval(model)
     report = current(report, model)
     if earlier is None:
-        earlier = Conversion(settings, clock, Steering(clock, settings.recipe.keep_float), report)
+        earlier = Conversion(
+            settings, clock, Steering(clock, settings.recipe.keep_float, settings.layers == "auto"), report
+        )
         model.__dict__[_CONVERSION] = earlier
     earlier.report = report
     earlier.steering.layers = [(m, m.__dict__["int8_state"]) for m in model.modules() if type(m) in FLOAT_CLASSES]

@@ -11,13 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from lightning_int8.clock import Clock
+from lightning_int8.comparison import compare
 from lightning_int8.contraction import LayerState
+from lightning_int8.layer_times import LayerTimes
+from lightning_int8.sync import first_rank, of_first_rank, several_ranks, union
 
 _alive: weakref.WeakSet[Steering] = weakref.WeakSet()
 
@@ -29,12 +31,14 @@ class Steering:
         layers: The converted layers with their states.
         settles_itself: Whether every optimizer step settles; False while an engine steps, which lets ranks agree first.
         keep_float: "first" and "last", the layers to keep in float by the order in which they run.
+        compares: Whether layers that are faster in float stay float.
     """
 
-    def __init__(self, clock: Clock, keep_float: Sequence[str]) -> None:
+    def __init__(self, clock: Clock, keep_float: Sequence[str], compares: bool) -> None:
         self.layers: list[tuple[nn.Module, LayerState]] = []
         self.settles_itself = True
         self.keep_float = tuple(keep_float)
+        self.compares = compares
         self._clock = clock
         self._warned = False
         self._settled_steps = clock.steps
@@ -55,8 +59,8 @@ class Steering:
         """Put in force what the finished steps measured: widths, learning-rate factors, which layers stay float.
 
         Args:
-            agreed: Whether the same distances are known to every rank. Without that factors stay as they are: of their
-                own, they would drive the weights of the ranks apart.
+            agreed: Whether every rank is here and knows the same distances. Without that factors stay as they are: of
+                their own, they would drive the weights of the ranks apart. Nor are layers compared.
         """
         if self._settled_steps == self._clock.steps:
             return
@@ -66,24 +70,64 @@ class Steering:
             states = {state.name: state for _, state in self.layers}
             for position, name in (("first", order[0]), ("last", order[-1])):
                 if position in self.keep_float and name in states:
-                    states[name].kept_float = f"keep_float: runs {position}"
+                    states[name].kept_by_recipe = f"keep_float: runs {position}"
         for _, state in self.layers:
             for operand in state.distinct_operands():
                 operand.settle(self._clock.steps - 1)
+        if self.compares and agreed:
+            self._compare()
+        for _, state in self.layers:
             if agreed or state.kept_float:
                 state.update_factor()
+
+    @torch.compiler.disable
+    def _compare(self) -> None:
+        """Time the layers that have trained and were not compared before; rank 0 does it for all.
+
+        A layer that is faster in float stays so from now on.
+        """
+        undecided = {s.name: (m, s) for m, s in self._own_layers() if not s.kept_float and s.times is None}
+        if not undecided:
+            return
+        if torch._C._current_graph_task_id() != -1:  # where a contraction takes itself for a recomputation
+            self._warn("layers='auto' compares nothing where the optimizer steps inside the backward pass")
+            return
+        calls = {name: s.call for name, (_, s) in undecided.items() if s.call is not None}
+        times: dict[str, LayerTimes] = {}
+        if several_ranks():
+            calls = union(calls)
+        if calls and first_rank():
+            times = {name: compare(*undecided[name], call) for name, call in calls.items()}
+        if calls and several_ranks():
+            times = of_first_rank(times)
+        for name, found in times.items():
+            undecided[name][1].times = found
+        called = [s for _, s in self._own_layers() if s.call is not None or s.kept_float]
+        if times and first_rank() and all(s.kept_float for s in called):
+            warnings.warn(
+                "layers='auto': every layer is faster in float on this machine; nothing runs INT8", stacklevel=2
+            )
+
+    def _own_layers(self) -> list[tuple[nn.Module, LayerState]]:
+        """Without those that were restored or converted anew, though a plugin may still hold them."""
+        return [(layer, state) for layer, state in self.layers if layer.__dict__.get("int8_state") is state]
 
     def settle_alone(self) -> None:
         """``settle`` after a step that nobody else follows, as in a plain loop."""
         alone, stepped = not several_ranks(), self._settled_steps < self._clock.steps
-        if stepped and not alone and not self._warned and any(state.learning_rate for _, state in self.layers):
-            self._warned = True
-            warnings.warn(
-                "learning-rate factors are not applied: several ranks must agree on them, which they do where the "
-                "plugin Int8Precision (of Lightning or Fabric) calls the optimizer",
-                stacklevel=2,
+        waiting = ["learning-rate factors are not applied"] if any(s.learning_rate for _, s in self.layers) else []
+        waiting += ["layers='auto' compares nothing"] if self.compares else []
+        if stepped and not alone and waiting:
+            self._warn(
+                f"{' and '.join(waiting)}: several ranks must agree on them, which they do where the plugin "
+                "Int8Precision (of Lightning or Fabric) calls the optimizer"
             )
         self.settle(agreed=alone)
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)
 
     def hold(self, optimizer: Optimizer) -> list[tuple[Tensor, Tensor, float]]:
         """Copies of the parameters that ``optimizer`` is about to update and whose factor is below 1, with the factor.
@@ -91,9 +135,8 @@ class Steering:
         A parameter that several layers own takes the smallest factor.
         """
         factors: dict[Tensor, float] = {}
-        for layer, state in self.layers:
-            # Restored or converted anew, a layer is no longer this conversion's, though a plugin may still hold it.
-            if state.factor < 1.0 and layer.__dict__.get("int8_state") is state:
+        for layer, state in self._own_layers():
+            if state.factor < 1.0:
                 for parameter in layer._parameters.values():
                     if parameter is not None and parameter.requires_grad:
                         factors[parameter] = min(state.factor, factors.get(parameter, 1.0))
@@ -109,11 +152,6 @@ class Steering:
         for parameter, old, factor in self._held:
             parameter.sub_(old).mul_(factor).add_(old)
         self._held = []
-
-
-def several_ranks() -> bool:
-    """Whether this process is one of several that train together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

@@ -55,8 +55,28 @@ def agree(operands: Sequence[Operand], mode: str) -> None:
         operand.agree([next(agreed) for _ in operand.shared(ranges)], ranges)
 
 
+def several_ranks() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def first_rank() -> bool:
+    """Whether this process is rank 0, or the only one."""
+    return not several_ranks() or dist.get_rank() == 0
+
+
+def union(known: dict[str, T]) -> dict[str, T]:
+    """What any rank knows, on every rank in the same order; of two that know the same key, the lower one's value."""
+    of_ranks: list[dict[str, T]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, known)
+    merged: dict[str, T] = {}
+    for theirs in of_ranks:
+        merged = theirs | merged
+    return merged
+
+
 def of_first_rank(value: T) -> T:
-    """The ``value`` of rank 0, on every rank; primitives, and lists of them."""
+    """The ``value`` of rank 0, on every rank; anything that can be pickled."""
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_int8 import Int8Precision, backends, recipes
+from lightning_int8 import Int8Precision, backends, comparison, recipes
+from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.fabric import Int8Precision as FabricInt8Precision
 from lightning_int8.optim import FixedPointSGD
 from lightning_int8.policies import BitWidthRule, DeviationFactor
@@ -27,7 +29,9 @@ STEPS_PER_EPOCH = 3
 
 
 class Branching(Digits):
-    """Has a layer that only the first process calls."""
+    """Has a layer that only one process calls."""
+
+    caller = 0
 
     def __init__(self):
         super().__init__()
@@ -35,7 +39,11 @@ class Branching(Digits):
 
     def forward(self, x):
         y = self.net(x)
-        return y + self.extra(y) if self.global_rank == 0 else y
+        return y + self.extra(y) if self.global_rank == self.caller else y
+
+
+class BranchingSecond(Branching):
+    caller = 1
 
 
 class Uneven(Digits):
@@ -102,8 +110,10 @@ def by_recipe():
     return {name: recipes.get(name) for name in recipes.names()} | {"fixed_point": wide, "unified": slow}
 
 
-def fit(model, sync_clip="max", ckpt_path=None, save_to=None, unused=False, recipe="default", **arguments):
-    plugin = Int8Precision(recipe, refresh=REFRESH, sync_clip=sync_clip)
+def fit(
+    model, sync_clip="max", ckpt_path=None, save_to=None, unused=False, recipe="default", layers="int8", **arguments
+):
+    plugin = Int8Precision(recipe, layers=layers, refresh=REFRESH, sync_clip=sync_clip)
     strategy = DDPStrategy(timeout=timedelta(seconds=60), find_unused_parameters=unused)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     quiet |= {"enable_model_summary": False, "limit_val_batches": 0}
@@ -123,6 +133,7 @@ def fit(model, sync_clip="max", ckpt_path=None, save_to=None, unused=False, reci
             "factors": {s.name: s.factor for s in layer_states(model)},
             "bits": {f"{s.name} {o.slot}": o.bits for s in layer_states(model) for o in s.distinct_operands()},
             "float layers": [s.name for s in layer_states(model) if s.kept_float],
+            "times": {s.name: None if s.times is None else dataclasses.asdict(s.times) for s in layer_states(model)},
         }
     )
 
@@ -168,6 +179,33 @@ def fit_adversaries_with_fabric():
     return {"weights": dict(nets[0].state_dict()), "clip values": clip_values(nets[0])}
 
 
+def times_of_rank_0():
+    """Two layers are slower in INT8; another rank that asks for the time fails."""
+    assert torch.distributed.get_rank() == 0
+    given = iter([(1.0, 2.0), (3.0, 1.0), (2.0, 1.0), (1.0, 2.0)])
+    return lambda *_: next(given)
+
+
+def fit_with_layers_auto(folder):
+    fit(Digits(), max_steps=1)  # starts the process group
+    comparison.REMEMBERED = ChoiceFile(folder / "layers.json")
+    results = {"auto, by the clock": fit(Digits(), layers="auto", max_epochs=2)}
+    comparison.REMEMBERED = ChoiceFile(folder / "given.json")
+    rank = torch.distributed.get_rank()
+    with mock.patch.object(comparison, "shortest", times_of_rank_0() if rank == 0 else None):
+        results["auto, long"] = fit(Digits(), layers="auto", max_epochs=3)
+    for name, sync_clip, kind in (("auto, branching", "max", BranchingSecond), ("auto, local", "local", Branching)):
+        comparison.REMEMBERED = ChoiceFile(folder / f"{name}.json")
+        with mock.patch.object(comparison, "shortest", times_of_rank_0() if rank == 0 else None):
+            results[name] = fit(kind(), sync_clip, layers="auto", max_epochs=1, unused=True)
+    comparison.REMEMBERED = ChoiceFile(folder / "given.json")
+    with mock.patch.object(comparison, "shortest", None):
+        fit(Digits(), layers="auto", max_epochs=1, save_to=folder / "c.ckpt")
+    with mock.patch.object(comparison, "compare", None):
+        results["auto, resumed"] = fit(Digits(seed=9), layers="auto", max_epochs=3, ckpt_path=folder / "c.ckpt")
+    return results
+
+
 def main(folder):
     torch.set_num_threads(1)
     results = {f"one step, {mode}": fit(Digits(), mode, max_steps=1) for mode in ("max", "mean", "local")}
@@ -192,6 +230,7 @@ def main(folder):
     results["factors, branching"] = fit(Branching(), recipe=by_recipe()["unified"], max_epochs=1, unused=True)
     results["factors, local"] = fit(Digits(), "local", recipe=everywhere, max_epochs=2)
     results["factors, late"] = fit(Dropping(), recipe=everywhere, max_epochs=3, unused=True)
+    results |= fit_with_layers_auto(folder)
     results["fabric"] = fit_with_fabric()
     results["fabric, adversaries"] = fit_adversaries_with_fabric()
     torch.save(results, folder / f"{torch.distributed.get_rank()}.pt")
@@ -225,6 +264,7 @@ def ranks(folder):
 
 ALL = ["one step, max", "one step, mean", "one step, local", "long, max", "long, mean", "long, local"]
 ALL += ["factors, branching", "factors, local", "factors, late"]
+ALL += ["auto, by the clock", "auto, long", "auto, branching", "auto, local", "auto, resumed"]
 ALL += ["resumed", "accumulated", "branching", "two optimizers", "wrapped optimizer", "fabric", "fabric, adversaries"]
 
 
@@ -309,6 +349,24 @@ def test_learning_rate_factors_and_float_layers_are_the_same_on_all_ranks(ranks,
     assert first["factors"] == second["factors"]
     assert min(first["factors"].values()) < 1
     assert first["float layers"] == second["float layers"]
+
+
+@pytest.mark.slow
+def test_rank_0_decides_which_layers_are_float(ranks):
+    for run in [name for name in ALL if name.startswith("auto")]:
+        for field in ("times", "float layers", "clip values"):
+            assert run == "auto, local" or same(*(r[run][field] for r in ranks)), (run, field)
+        assert all(ranks[0][run]["times"].values())
+    first = ranks[0]
+    assert first["auto, long"]["float layers"] == ["net.4", "net.5"]
+    for run in ("auto, branching", "auto, local"):  # a layer that only one rank calls is rank 0's to time, too
+        assert first[run]["float layers"] == ["net.4", "net.5"]
+        assert first[run]["times"]["extra"]["int8_seconds"] == 1.0
+        assert ranks[1][run]["times"] == first[run]["times"]
+    for rank in ranks:
+        assert same(rank["auto, resumed"]["plugin"], rank["auto, long"]["plugin"])
+        resumed = rank["auto, resumed"]["weights"]
+        assert same(batch_norm_aside(resumed), batch_norm_aside(rank["auto, long"]["weights"]))
 
 
 @pytest.mark.slow

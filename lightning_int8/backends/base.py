@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,15 @@ from lightning_int8.spec import CONTRACTIONS, OperandSpec
 
 
 class Counts(Counter):
-    """Plane-by-plane contractions executed for one layer, by (backend name, contraction)."""
+    """Plane-by-plane contractions executed for one layer, by (backend name, contraction).
+
+    Attributes:
+        routes: By contraction, how the first one since the dictionary was empty was computed, where a backend chooses.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.routes: dict[str, str] = {}
 
     def of(self, contraction: str, backend: str | None = None) -> int:
         """Number of executions of ``contraction``, by every backend or by one."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends import int_matmul
-from lightning_int8.backends.base import Backend
+from lightning_int8.backends.base import Backend, Counts
 from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.depthwise_route import Depthwise
@@ -104,14 +104,28 @@ class OneDNN(Backend):
             scales = Scales(left.scale, right.scale)
             self._gemm.into(out, *matrices, left.zero_point, right.zero_point, scales)
             return out
-        by_group = contraction == "grad_input" and b.axis is not None
-        scales = Scales(left.scale, right.scale.repeat(geometry.groups) if by_group else right.scale)
-        return self._convolutions.run(contraction, left, right, geometry, scales)
+        return self._convolutions.run(contraction, left, right, geometry, _scales(contraction, left, b, j, geometry))
+
+    def _contract(
+        self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
+    ) -> Tensor:
+        total = super()._contract(contraction, a, b, geometry, counts)
+        if geometry is not None and contraction not in counts.routes:
+            left, right = a.planes[0], b.planes[0]
+            scales = None if contraction == "grad_weight" else _scales(contraction, left, b, 0, geometry)
+            counts.routes[contraction] = self._convolutions.pick(contraction, left, right, geometry, scales).name
+        return total
 
 
 def make() -> OneDNN:
     """Build the backend; runs the self-check."""
     return OneDNN(int_matmul.exact_matmul())
+
+
+def _scales(contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvGeometry) -> Scales:
+    right = b.planes[j].scale
+    by_group = contraction == "grad_input" and b.axis is not None
+    return Scales(left.scale, right.repeat(geometry.groups) if by_group else right)
 
 
 def _matrices(contraction: str, a: Plane, b: Plane) -> tuple[Tensor, Tensor]:
