@@ -1,6 +1,7 @@
 """The command ``train``: what it prints, writes and returns, and that its counts can be trusted."""
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -14,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_int8 import recipes
+from lightning_int8 import comparison, recipes
+from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.cli import main
 from lightning_int8.cli.train import check_counts, summary
 from lightning_int8.recipe_mapping import recipe_from_mapping
@@ -76,6 +78,22 @@ def test_train_runs_int8_and_proves_it_by_counts(few_images, tmp_path, capsys):
     assert result["steps"] == 3
     assert record["count_mismatches"] == []
     assert record["settings"]["max_steps"] == 3
+
+
+def test_auto_says_which_layers_are_float_and_counts_them_so(few_images, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "result.json"
+    monkeypatch.setattr(comparison, "REMEMBERED", ChoiceFile(tmp_path / "layers.json"))
+    slower_by_layer = itertools.cycle([(1.0, 2.0), (2.1, 1.6)])
+    monkeypatch.setattr(comparison, "shortest", lambda *_: next(slower_by_layer))
+    assert main(["train", *SHORT, "--layers", "auto", "--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "float after the first step: INT8 would take 1.31 times as long (2100.0 against 1600.0 ms)" in printed
+    assert "counts equal to the contractions autograd required: yes" in printed
+    record = json.loads(output.read_text())
+    result = record["results"]["int8"]
+    assert record["layers"] == "auto"
+    assert 0 < len(result["kept_float"]) < len(result["counted"]) == 10
+    assert {result["counted"][name]["output"] for name in result["kept_float"]} == {1}
 
 
 def test_compare_trains_float_and_int8_and_gives_the_difference(few_images, tmp_path, capsys):
@@ -184,6 +202,21 @@ def test_config_hands_over_to_lightningcli(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert main(["train", "validate", *config]) == 0
     assert "val_accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:layers='auto'")
+def test_a_configuration_can_leave_the_choice_of_layers_to_timing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    text = (EXAMPLES / "config.yaml").read_text().replace("recipe: default", "layers: auto")
+    config = tmp_path / "auto.yaml"
+    config.write_text(text)
+    monkeypatch.setattr(comparison, "REMEMBERED", ChoiceFile(tmp_path / "layers.json"))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    short = ["--trainer.accelerator=cpu", "--trainer.limit_train_batches=2", "--trainer.max_epochs=1"]
+    assert main(["train", "--config", str(config), *short, "--trainer.limit_val_batches=0"]) == 0
+    entries = json.loads((tmp_path / "layers.json").read_text())["machines"]
+    assert sum(map(len, entries.values())) >= 1  # something was timed
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_int8 import Recipe, recipes
 from lightning_int8.backends import CHOICES as BACKENDS
 from lightning_int8.report import table
+from lightning_int8.settings import LAYERS
 from lightning_int8.spec import CONTRACTIONS
 from lightning_int8.version import __version__
 from lightning_int8.vision.experiment import (
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--precision", choices=PRECISIONS, default="int8", help="default: %(default)s")
     add("--recipe", default="default", help=f"{', '.join(recipes.names())}, or a YAML file; default: %(default)s")
     add("--backend", choices=BACKENDS, default="auto", help="of the INT8 contractions; default: %(default)s")
+    add("--layers", choices=LAYERS, default="int8", help="auto: in float where INT8 is slower; default: %(default)s")
     add("--epochs", type=int, help="default: depends on the data set")
     add("--max-steps", type=int, help="stop after so many steps, whatever the epochs")
     add("--batch-size", type=int, help="images a step and device; default: depends on the data set")
@@ -110,7 +112,10 @@ def _train(options: argparse.Namespace) -> int:
     try:
         settings = dataclasses.replace(DEFAULTS[options.data], **given)
         recipe = recipes.get(options.recipe)
-        precisions = {name: trainer_precision(name, options.recipe, options.backend, settings.seed) for name in names}
+        precisions = {
+            name: trainer_precision(name, options.recipe, options.backend, settings.seed, options.layers)
+            for name in names
+        }
     except ValueError as error:
         raise UserError(error) from error
     _set_threads(options.threads)
@@ -138,6 +143,7 @@ def _train(options: argparse.Namespace) -> int:
             "settings": dataclasses.asdict(settings),
             "recipe": options.recipe,
             "backend": options.backend,
+            "layers": options.layers,
             "threads": torch.get_num_threads(),
             "versions": {"lightning_int8": __version__, "torch": torch.__version__, "lightning": lightning.__version__},
             "results": {name: dataclasses.asdict(result) for name, result in results.items()},
@@ -182,6 +188,8 @@ def check_counts(result: Result, recipe: Recipe) -> list[str]:
     left = sorted(set(result.required) - set(result.counted))
     if left:
         print(f"layers left in float: {', '.join(left)}")
+    for name, reason in result.kept_float.items():
+        print(f"layer {name}: float after the first step: {reason}")
     print(f"counts equal to the contractions autograd required: {'no' if wrong else 'yes'}")
     for line in wrong:
         print(f"  {line}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ WARM_UP_STEPS = 10
 PROBE_IMAGES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What a run depends on besides its images and its precision.
 
@@ -67,7 +67,7 @@ class Settings:
             raise ValueError(f"seed: {self.seed} must not be negative")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:
     """What one run gave.
 
@@ -79,6 +79,7 @@ class Result:
         counted: INT8 contractions executed, per converted layer; empty for a float run.
         required: Contractions that autograd needed, per layer, whether converted or not.
         is_global_zero: Whether this process is the one to report.
+        kept_float: Converted layers that went on in float after the first step, with the reason.
     """
 
     test_accuracy: float
@@ -88,6 +89,7 @@ class Result:
     counted: Contractions
     required: Contractions
     is_global_zero: bool = True
+    kept_float: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 DEFAULTS = {
@@ -173,7 +175,8 @@ def run(
         **precision,
     )
     seed_everything(settings.seed, verbose=False)
-    recipe = precision["plugins"][0].recipe if "plugins" in precision else Recipe(name="float")
+    plugin = precision["plugins"][0] if "plugins" in precision else None
+    recipe = Recipe(name="float") if plugin is None else plugin.recipe
     classifier = ImageClassifier(
         settings.model, images.train_images.shape[1], images.classes, settings.lr, optimizer=recipe.optimizer or "SGD"
     )
@@ -183,6 +186,9 @@ def run(
     trainer.fit(classifier, datamodule=data)
     if checkpoint is not None:
         trainer.save_checkpoint(checkpoint)
+    layers = [] if plugin is None else plugin.layers
+    # What a recipe keeps in float follows from the order of the layers; what timing does, only the plugin knows.
+    timed = [layer.name for layer in layers if layer.times and layer.times.float_wins]
     accuracy = 100 * trainer.test(classifier, datamodule=data, verbose=False)[0]["test_accuracy"]
     return Result(
         test_accuracy=round(accuracy, 4),
@@ -190,8 +196,11 @@ def run(
         step_milliseconds=clock.step_milliseconds,
         steps=clock.training_steps,
         counted=gemm_counts(classifier),
-        required=contractions_of_a_run(one_step, clock.training_steps, clock.evaluation_steps, recipe.keep_float),
+        required=contractions_of_a_run(
+            one_step, clock.training_steps, clock.evaluation_steps, recipe.keep_float, timed
+        ),
         is_global_zero=trainer.is_global_zero,
+        kept_float={layer.name: layer.kept_float for layer in layers if layer.kept_float},
     )
 
 
@@ -200,6 +209,7 @@ def trainer_precision(
     recipe: str = "default",
     backend: Literal["auto", "reference", "onednn", "cupy"] = "auto",
     seed: int = 0,
+    layers: Literal["int8", "auto"] = "int8",
 ) -> dict[str, Any]:
     """Return the Trainer's arguments that switch a precision on.
 
@@ -208,9 +218,10 @@ def trainer_precision(
         recipe: Name or YAML file of the INT8 recipe; the other precisions ignore what follows here.
         backend: Of the INT8 contractions.
         seed: Of the stochastic rounding.
+        layers: "auto" keeps in float what INT8 makes slower.
 
     Raises:
-        ValueError: An unknown precision, recipe or backend.
+        ValueError: An unknown precision, recipe, backend or choice of layers.
     """
     if precision == "float":
         return {"precision": "32-true"}
@@ -218,7 +229,7 @@ def trainer_precision(
         return {"precision": "bf16-mixed"}
     if precision != "int8":
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
-    return {"plugins": [Int8Precision(recipe=recipe, backend=backend, seed=seed)]}
+    return {"plugins": [Int8Precision(recipe=recipe, layers=layers, backend=backend, seed=seed)]}
 
 
 def quieten_lightning() -> None:

@@ -58,7 +58,11 @@ def _counting_hook(count: dict[str, int]) -> Callable[[nn.Module, tuple[Tensor],
 
 
 def contractions_of_a_run(
-    one_step: Contractions, training_steps: int, evaluation_steps: int, keep_float: Sequence[str] = ()
+    one_step: Contractions,
+    training_steps: int,
+    evaluation_steps: int,
+    keep_float: Sequence[str] = (),
+    float_layers: Sequence[str] = (),
 ) -> Contractions:
     """Scale the contractions of one step to a run; an evaluation step makes the forward contractions only.
 
@@ -67,9 +71,10 @@ def contractions_of_a_run(
         training_steps: Number of steps with forward and backward pass.
         evaluation_steps: Number of forward passes alone.
         keep_float: ``Recipe.keep_float``: the first or the last layer makes the contractions of one step, then none.
+        float_layers: Names of others of which the same holds.
     """
     ran = [name for name, step in one_step.items() if step["output"]]
-    kept = {{"first": ran[0], "last": ran[-1]}[position] for position in keep_float}
+    kept = {{"first": ran[0], "last": ran[-1]}[position] for position in keep_float} | set(float_layers)
     whole = {
         name: {
             "output": step["output"] * (training_steps + evaluation_steps),
