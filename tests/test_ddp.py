@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-from lightning_int8 import Int8Precision, backends, comparison, recipes
+from lightning_int8 import Int8Precision, backends, comparison, recipes, steering
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.fabric import Int8Precision as FabricInt8Precision
 from lightning_int8.optim import FixedPointSGD
@@ -201,7 +201,7 @@ def fit_with_layers_auto(folder):
     comparison.REMEMBERED = ChoiceFile(folder / "given.json")
     with mock.patch.object(comparison, "shortest", None):
         fit(Digits(), layers="auto", max_epochs=1, save_to=folder / "c.ckpt")
-    with mock.patch.object(comparison, "compare", None):
+    with mock.patch.object(steering, "compare", None):
         results["auto, resumed"] = fit(Digits(seed=9), layers="auto", max_epochs=3, ckpt_path=folder / "c.ckpt")
     return results
 
