@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from lightning_int8 import comparison
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.onednn import OneDNN
+from lightning_int8.rewrite import conversion_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--model", "small/resnet8", "--size", "12", "--batch-size", "2", "--threads", "1", "--rounds", "2"]
@@ -104,7 +106,8 @@ def test_medians_minima_ratios_and_shares(script):
     run = {"model": "m", "size": 8, "batch_size": 2, "threads": 2, "refresh": 100}
     run["milliseconds"] = {name: train_step.entry_of(times) for name, times in steps.items()}
     run["milliseconds_refreshing"] = {"int8 default": train_step.entry_of([(0.2, 0.2)])}
-    run["memory_mib"] = {"float32": {"ordinary_step": 300.0, "lasting": 100.0}, "int8 default": {"without": "a reason"}}
+    peak, smaller = {"ordinary_step": 300.0, "lasting": 100.0}, {"ordinary_step": 100.0, "lasting": 100.0}
+    run["memory_mib"] = {"float32": peak, "int8 default": smaller, "torchao int8": {"without": "a reason"}}
     summary = train_step.summarise([run])["m, 8 x 8, batch 2, 2 threads"]
     assert run["milliseconds"]["float32"]["process"] == {"median": 200.0, "minimum": 100.0}
     assert summary["ratios"]["float32 / int8 default"] == {
@@ -114,7 +117,7 @@ def test_medians_minima_ratios_and_shares(script):
         "wall minimum": 2.0,
     }
     assert summary["refreshing"] == {"int8 default": 0.01}  # twice the time, in one of 100 steps
-    assert summary["memory"] == {"float32": 1.0}
+    assert summary["memory"] == {"float32": 1.0, "int8 default": 0.5}
 
 
 def test_columns_take_their_steps_in_turn(script):
@@ -143,6 +146,9 @@ def test_the_same_step_in_every_column(training):
     losses = {name: float(training(name, samples=16).step()) for name in ("float32", "bfloat16", *INT8[2:])}
     assert max(losses.values()) - min(losses.values()) < 0.05 * losses["float32"]
     assert len(set(losses.values())) >= 3, "precisions differ"
+    settings = {name: conversion_of(training(name).model).settings for name in INT8 if name != "int8 unified"}
+    assert {name for name, chosen in settings.items() if not chosen.fuse} == {"int8 default unfused"}
+    assert {name for name, chosen in settings.items() if chosen.layers == "auto"} == {"int8 default auto"}
 
 
 def burning(function, seconds):
@@ -168,15 +174,16 @@ def burning(function, seconds):
 def test_time_goes_to_whoever_takes_it(owner, name, category, calls, script, training, monkeypatch):
     breakdown, one = script("step_breakdown").breakdown, training("int8 default")
     before = breakdown(one, 2)
-    monkeypatch.setattr(owner, name, burning(getattr(owner, name), 0.02))
+    burnt = 0.2 if calls == 1 else 0.02
+    monkeypatch.setattr(owner, name, burning(getattr(owner, name), burnt))
     after = breakdown(one, 2)
     grown = {part: after[part] - before[part] for part in after}
-    assert grown.pop("total") >= 20 * calls * 0.95
-    assert grown.pop(category) >= 20 * calls * 0.95
-    assert max(grown.values()) < 20
-    for parts in (before, after):
-        total = parts.pop("total")
-        assert sum(parts.values()) == pytest.approx(total, rel=0.2)  # medians do not add up exactly
+    milliseconds = 1e3 * burnt * calls
+    assert grown.pop("total") > 0.8 * milliseconds
+    assert grown.pop(category) > 0.8 * milliseconds
+    assert max(grown.values()) < 0.3 * milliseconds
+    total = after.pop("total")
+    assert sum(after.values()) == pytest.approx(total, rel=0.2)  # medians do not add up exactly
 
 
 def test_operators_of_torch_are_told_apart(script):
@@ -185,6 +192,17 @@ def test_operators_of_torch_are_told_apart(script):
     assert category_of("convolution_backward") == category_of("addmm") == "float contractions"
     assert category_of("_fused_sgd_") == "optimizer"
     assert category_of("cat") == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured through /proc")
+def test_a_peak_is_that_of_the_step_alone(script):
+    peak = script("step_memory")._peak
+
+    def step():
+        torch.ones(mebibytes, 2**18).sum()
+
+    for mebibytes in (200, 100, 150):
+        assert mebibytes - 2 < peak(SimpleNamespace(forget_gradients=lambda: None, step=step)) < mebibytes + 30
 
 
 @pytest.mark.slow
