@@ -64,9 +64,9 @@ def compile_matrix(architectures: Sequence[str]) -> Iterator[dict[str, Any]]:
         RuntimeError: No compiler for an architecture is installed.
         ValueError: An architecture has no INT8 product.
     """
+    items = [(arch, item) for arch in architectures for item in catalogue(arch)]
     for arch in architectures:
         compiler_for(arch)
-    items = [(arch, item) for arch in architectures for item in catalogue(arch)]
     # Processes: NVRTC compiles one program at a time, whatever the thread (13.0: two threads took as long as one).
     processes = min(MOST_PROCESSES, os.cpu_count() or 1, len(items))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:

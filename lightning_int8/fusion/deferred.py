@@ -84,6 +84,7 @@ class Deferred(Tensor):
         """Whether somebody has seen the values, as a plain tensor that may be viewed or changed."""
         return self._plain is not None
 
+    @torch.compiler.disable
     def plain(self) -> Tensor:
         """The tensor with its values, without history."""
         if self._plain is None:
