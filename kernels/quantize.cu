@@ -2,8 +2,7 @@
 //
 // Purpose  planes of one operand of a contraction, from a clip value and a random key that stay on the device
 // Shapes   x (rows, columns) float32, bfloat16 or float16, contiguous; planes (planes, rows, pitch) int8, pitch a
-// multiple
-//          of 16, the bytes behind `columns` set to 0; scales (planes, maps) float32, zeroed by the caller; zeros
+//          multiple of 16, the bytes behind `columns` set to 0; scales (planes, maps) float32, zeroed by the caller; zeros
 //          likewise int32 or null
 // Tile     a thread keeps four neighbouring columns and walks down the rows; blockDim.x threads across, .y down
 // Entry    quantize_f32, quantize_bf16, quantize_f16

@@ -7,9 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
-from lightning_int8.backends.cpu.threads import split
-
-_SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
+from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split
 
 
 def subtract_outer_products(sums: Tensor, columns: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor]) -> None:
@@ -26,7 +24,7 @@ def subtract_outer_products(sums: Tensor, columns: tuple[Tensor, Tensor], rows: 
     def work(start: int, stop: int) -> None:
         _subtract(matrix[start:stop], a[start:stop], b[start:stop], c, d)
 
-    split(work, sums.shape[0], -(-_SMALLEST_PIECE // sums.shape[1]))
+    split(work, sums.shape[0], -(-SMALLEST_PIECE // sums.shape[1]))
 
 
 def row_sums(a: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from lightning_int8.backends.cpu.unpool import unpool
 _FLUSHED = 512  # blocks that are summed in float32 before their sum goes to float64
 _ZERO = np.float32(0.0)
 
-
 Source = tuple[
     np.ndarray,
     np.ndarray,
@@ -134,8 +133,8 @@ def block_values(source, start, count, buffers):
     return out[:count]
 
 
-# Loops of their own, which the compiler vectorizes: none but the last reads what it writes, and none has an index that
-# might be negative.
+# Loops of their own, which the compiler vectorizes: an array that is read is written at the same place or not at all,
+# and no index might be negative.
 
 
 @compiled

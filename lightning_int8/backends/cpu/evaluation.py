@@ -11,11 +11,10 @@ from torch import Tensor
 from lightning_int8.backends.cpu import elementwise
 from lightning_int8.backends.cpu.elementwise import Source
 from lightning_int8.backends.cpu.expression import MASK_BITS, Expression
-from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.cpu.threads import split_blocks
 from lightning_int8.backends.cpu.tile import tile
 
 _BLOCK = 4096  # elements: with their factors they fit the second-level cache, and hide what surrounds a block
-_SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
 _NOTHING = np.empty(0, np.float32)
 _NO_TAPS, _NO_WINDOWS, _NO_WORDS = np.empty(0, np.uint8), np.empty(0, np.int64), np.empty(0, np.uint16)
 
@@ -78,10 +77,7 @@ def evaluate(expression: Expression) -> Tensor:
     values = torch.empty(expression.shape)
     source, block, count = source_of(expression, values.view(-1)), block_of(expression.shape[-1]), values.numel()
 
-    def work(start: int, stop: int) -> None:
-        elementwise.compute_all(source, start * block, min(stop * block, count), block)
-
-    split(work, -(-count // block), -(-_SMALLEST_PIECE // block))
+    split_blocks(lambda first, last: elementwise.compute_all(source, first, last, block), count, block)
     return values
 
 
@@ -93,10 +89,10 @@ def moments(values: Tensor) -> tuple[Tensor, Tensor]:
     pivot = values.view(-1, channels)[0].nan_to_num(0.0, 0.0, 0.0)
     pivots = tile(pivot, block)
 
-    def work(start: int, stop: int) -> np.ndarray:
-        return elementwise.square_sums(flat, start * block, min(stop * block, flat.size), block, pivots)
+    def work(first: int, last: int) -> np.ndarray:
+        return elementwise.square_sums(flat, first, last, block, pivots)
 
-    sums = sum(split(work, -(-flat.size // block), -(-_SMALLEST_PIECE // block)))
+    sums = sum(split_blocks(work, flat.size, block))
     first, second = torch.from_numpy(sums).view(2, -1, channels).sum(1) * (channels / flat.size)
     return first + pivot.double(), (second - first * first).clamp(min=0.0)
 
@@ -114,13 +110,12 @@ def channel_sums(expression: Expression, other: Tensor | None, centre: Tensor | 
     """
     channels = expression.shape[-1]
     source, block = source_of(expression, None), block_of(channels)
-    count = prod(expression.shape)
     others, centres = _NOTHING, _NOTHING
     if other is not None and centre is not None:
         others, centres = other.view(-1).numpy(), tile(centre, block)
 
-    def work(start: int, stop: int) -> np.ndarray:
-        return elementwise.product_sums(source, start * block, min(stop * block, count), block, others, centres)
+    def work(first: int, last: int) -> np.ndarray:
+        return elementwise.product_sums(source, first, last, block, others, centres)
 
-    sums = sum(split(work, -(-count // block), -(-_SMALLEST_PIECE // block)))
+    sums = sum(split_blocks(work, prod(expression.shape), block))
     return torch.from_numpy(sums).view(2, -1, channels).sum(1)

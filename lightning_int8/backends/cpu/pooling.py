@@ -10,9 +10,7 @@ from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
 from lightning_int8.backends.cpu.elementwise import block_values, new_buffers
 from lightning_int8.backends.cpu.evaluation import source_of
 from lightning_int8.backends.cpu.expression import MASK_BITS, Expression, Windows
-from lightning_int8.backends.cpu.threads import split
-
-_SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
+from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split
 
 
 def supports(expression: Expression, windows: Windows) -> bool:
@@ -41,7 +39,7 @@ def max_pool(expression: Expression, windows: Windows) -> tuple[Tensor, Tensor]:
     def work(first: int, last: int) -> None:
         _max_pool(source, first, last, geometry, values, where)
 
-    split(work, samples, -(-_SMALLEST_PIECE // (height * width * channels)))
+    split(work, samples, -(-SMALLEST_PIECE // (height * width * channels)))
     return out, taps
 
 

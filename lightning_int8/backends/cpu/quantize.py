@@ -18,7 +18,7 @@ from lightning_int8.backends.cpu.elementwise import block_values, new_buffers
 from lightning_int8.backends.cpu.evaluation import block_of, source_of
 from lightning_int8.backends.cpu.expression import Expression
 from lightning_int8.backends.cpu.rounding import round_block, widen
-from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split, split_blocks
 from lightning_int8.backends.cpu.tile import tile
 from lightning_int8.generator import mix_key
 from lightning_int8.numerics import (
@@ -36,7 +36,6 @@ from lightning_int8.spec import OperandSpec
 
 _BLOCK = 1024  # elements
 _SHORT_ROW = 64  # elements
-_SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
 _INFINITY = 0x7F800000  # bits of the smallest magnitude that is not finite
 
 
@@ -99,7 +98,7 @@ def _quantize(
             return _rows(values, start, stop, unit, *own, *rest, block, out)
         return _segment(values, start * unit, stop * unit, *own, *rest, block, out)
 
-    return max(split(work, flat.numel() // unit, -(-_SMALLEST_PIECE // unit)))
+    return max(split(work, flat.numel() // unit, -(-SMALLEST_PIECE // unit)))
 
 
 def _quantize_expression(
@@ -118,10 +117,10 @@ def _quantize_expression(
     out = planes.view(len(planes), -1).numpy()
     rest = (np.float32(largest_integer(spec.bits)), spec.rounding == "stochastic", spec.bits == FLAG_BITS, keys)
 
-    def work(start: int, stop: int) -> int:
-        return _segment(source, start * block, min(stop * block, count), *own, *rest, block, out)
+    def work(first: int, last: int) -> int:
+        return _segment(source, first, last, *own, *rest, block, out)
 
-    top = max(split(work, -(-count // block), -(-_SMALLEST_PIECE // block)))
+    top = max(split_blocks(work, count, block))
     if values is not None:
         expression.computed(values)
     return top

@@ -8,11 +8,10 @@ import numpy as np
 from torch import Tensor
 
 from lightning_int8.backends.cpu.compiler import at, compiled, wide_vectors
-from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split
 from lightning_int8.backends.cpu.tile import tile
 
 _BLOCK = 1024  # elements that one call of the inner loop takes, at least
-_SMALLEST_PIECE = 1 << 15  # elements that are worth a thread
 
 
 def scale_into(out: Tensor, sums: Tensor, left: Tensor, right: Tensor) -> None:
@@ -38,7 +37,7 @@ def scale_into(out: Tensor, sums: Tensor, left: Tensor, right: Tensor) -> None:
         part = slice(start * channels, stop * channels)
         _scale_blocks(sums_flat[part], factor, second, block, out_flat[part])
 
-    split(work, rows, -(-_SMALLEST_PIECE // channels))
+    split(work, rows, -(-SMALLEST_PIECE // channels))
 
 
 @compiled

@@ -12,6 +12,9 @@ import torch
 
 Result = TypeVar("Result")
 
+SMALLEST_PIECE = 1 << 15
+"""Elements that are worth a thread."""
+
 
 def split(work: Callable[[int, int], Result], count: int, smallest: int) -> list[Result]:
     """Run ``work(start, stop)`` over ``range(count)`` in pieces, one per thread of torch.
@@ -31,6 +34,15 @@ def split(work: Callable[[int, int], Result], count: int, smallest: int) -> list
     others = [_pool(os.getpid(), pieces - 1).submit(work, ends[k], ends[k + 1]) for k in range(1, pieces)]
     first = work(0, ends[1])
     return [first, *(o.result() for o in others)]
+
+
+def split_blocks(work: Callable[[int, int], Result], count: int, block: int) -> list[Result]:
+    """Run ``work(first, last)`` over ``count`` elements in pieces of whole blocks, the last short; see ``split``."""
+
+    def pieces(start: int, stop: int) -> Result:
+        return work(start * block, min(stop * block, count))
+
+    return split(pieces, -(-count // block), -(-SMALLEST_PIECE // block))
 
 
 @lru_cache(maxsize=1)
