@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends import int_matmul
-from lightning_int8.backends.base import Backend, Counts
+from lightning_int8.backends.base import Backend, Counts, output_scales
 from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.depthwise_route import Depthwise
 from lightning_int8.backends.cpu.direct_route import Direct
 from lightning_int8.backends.cpu.expression import Expression
-from lightning_int8.backends.cpu.gemm import Gemm
+from lightning_int8.backends.cpu.gemm import Gemm, scaled_sums
 from lightning_int8.backends.cpu.im2col_route import Im2col
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Route, Scales
@@ -94,10 +94,11 @@ class OneDNN(Backend):
         self, contraction: str, a: Quantized, b: Quantized, i: int, j: int, geometry: ConvGeometry | None
     ) -> Tensor:
         """See ``Backend.scaled``; the scales of an output or a grad_input are applied while its sums are in cache."""
-        if contraction == "grad_weight":
-            return super().scaled(contraction, a, b, i, j, geometry)
         assert self.exact, "the self-check found no exact INT8 product"
         left, right = a.planes[i], b.planes[j]
+        if contraction == "grad_weight":
+            sums = self.accumulate(contraction, left, right, geometry)
+            return scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim()))
         if geometry is None:
             matrices = _matrices(contraction, left, right)
             out = torch.empty(matrices[0].shape[0], matrices[1].shape[1])

@@ -72,10 +72,23 @@ class Gemm:
         sums = self.sums(a, b, zero_a, zero_b)
         if scales is None:
             out.copy_(sums)
-        elif SCALE is not None and sums.dtype == torch.int32 and out.is_contiguous() and sums.is_contiguous():
+        elif _takes_one_pass(sums) and out.is_contiguous():
             SCALE.scale_into(out, sums, *scales)
         else:
             torch.mul(sums.to(torch.float32).mul_(scales.left), scales.right, out=out)
+
+
+def scaled_sums(sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """fl(fl(fl(sums) · left) · right), float32; the factors broadcast over ``sums``."""
+    if left.numel() > 1 or right.numel() > 1 or not _takes_one_pass(sums):
+        return sums.to(torch.float32).mul_(left).mul_(right)
+    out = torch.empty(sums.shape)
+    SCALE.scale_into(out.flatten(1), sums.flatten(1), left.reshape(()), right.reshape(()))
+    return out
+
+
+def _takes_one_pass(sums: Tensor) -> bool:
+    return SCALE is not None and sums.dtype == torch.int32 and sums.is_contiguous()
 
 
 def _centred(sums: Tensor, a: Tensor, b: Tensor, zero_a: Tensor | None, zero_b: Tensor | None) -> Tensor:

@@ -45,48 +45,74 @@ def max_pool(expression: Expression, windows: Windows) -> tuple[Tensor, Tensor]:
 
 @compiled
 def _max_pool(source, first, last, windows, out, taps):
+    """Maxima over rows first, which neighbouring windows share, then over columns of those."""
     height, width, channels, out_height, out_width = windows[0], windows[1], windows[2], windows[3], windows[4]
-    kernel_h, stride_h, pad_h = windows[5], windows[7], windows[9]
-    length = width * channels
-    buffers = new_buffers(length)
-    ring = np.empty((kernel_h, length), np.float32)
-    largest, which = np.empty(channels, np.float32), np.empty(channels, np.int32)
+    kernel_h, kernel_w, stride_h, pad_h = windows[5], windows[6], windows[7], windows[9]
+    length, out_length = width * channels, out_width * channels
+    buffers, sorted_row = new_buffers(length), np.empty((windows[8], length), np.float32)
+    ring, columns = np.empty((kernel_h, out_length), np.float32), np.empty((kernel_h, out_length), np.int32)
+    largest, which = np.empty(out_length, np.float32), np.empty(out_length, np.int32)
     for n in range(first, last):
         oh = 0
         for h in range(height):
-            ring[h % kernel_h] = block_values(source, (n * height + h) * length, length, buffers)
+            row = block_values(source, (n * height + h) * length, length, buffers)
+            _pool_row(row, windows, sorted_row, ring[h % kernel_h], columns[h % kernel_h])
             while oh < out_height and min(oh * stride_h - pad_h + kernel_h, height) == h + 1:
-                at = oh * out_width * channels
-                end = at + out_width * channels
-                _pool_row(ring, oh * stride_h - pad_h, windows, largest, which, out[n, at:end], taps[n, at:end])
+                top = oh * stride_h - pad_h
+                largest[:] = -np.inf
+                which[:] = 0
+                for k in range(max(top, 0), h + 1):
+                    own = k % kernel_h
+                    _take_larger(ring[own], columns[own], np.int32((k - top) * kernel_w), largest, which)
+                at = oh * out_length
+                _put(largest, which, out[n, at : at + out_length], taps[n, at : at + out_length])
                 oh += 1
 
 
 @compiled
-def _pool_row(ring, top, windows, largest, which, out, taps):
-    """One row of windows; row h of the input lies in ``ring[h % kernel]``."""
-    height, width, channels, out_width = windows[0], windows[1], windows[2], windows[4]
-    kernel_h, kernel_w, stride_w, pad_w = windows[5], windows[6], windows[8], windows[10]
-    for ow in range(out_width):
-        left = ow * stride_w - pad_w
-        largest[:] = -np.inf
-        which[:] = 0
-        for h in range(max(top, 0), min(top + kernel_h, height)):
-            row = ring[h % kernel_h]
-            for w in range(max(left, 0), min(left + kernel_w, width)):
-                tap = np.int32((h - top) * kernel_w + w - left)
-                _take_larger(row[w * channels : (w + 1) * channels], tap, largest, which)
-        _put(largest, which, out[ow * channels : (ow + 1) * channels], taps[ow * channels : (ow + 1) * channels])
+def _pool_row(row, windows, sorted_row, largest, columns):
+    """Maxima of one row over the width of each window, and how far from its left edge they are."""
+    width, channels, out_width, kernel_w = windows[1], windows[2], windows[4], windows[6]
+    stride, pad = windows[8], windows[10]
+    # Positions sorted by their remainder mod the stride: those of one tap lie side by side, and loops are long.
+    for w in range(width):
+        at = w // stride * channels
+        _copy(row[w * channels : (w + 1) * channels], sorted_row[w % stride, at : at + channels])
+    largest[:] = -np.inf
+    columns[:] = 0
+    for k in range(kernel_w):
+        of_stride, shift = (k - pad) % stride, (k - pad) // stride
+        first, stop = max(0, -shift), min(out_width, (width - 1 - of_stride) // stride + 1 - shift)
+        if first < stop:
+            own = slice(first * channels, stop * channels)
+            x = sorted_row[of_stride, (first + shift) * channels : (stop + shift) * channels]
+            _take_right(x, np.int32(k), largest[own], columns[own])
 
 
 @compiled
-def _take_larger(x, tap, largest, which):
+def _copy(x, out):
+    wide_vectors()
+    for i in range(out.size):
+        out[i] = x[i]
+
+
+@compiled
+def _take_right(x, column, largest, columns):
     wide_vectors()
     for i in range(x.size):
         # The first of equals, and what is no number, as torch does.
         larger = x[i] > largest[i] or x[i] != x[i]
         largest[i] = x[i] if larger else largest[i]
-        which[i] = tap if larger else which[i]
+        columns[i] = column if larger else columns[i]
+
+
+@compiled
+def _take_larger(x, columns, tap, largest, which):
+    wide_vectors()
+    for i in range(x.size):
+        larger = x[i] > largest[i] or x[i] != x[i]
+        largest[i] = x[i] if larger else largest[i]
+        which[i] = tap + columns[i] if larger else which[i]
 
 
 @compiled
