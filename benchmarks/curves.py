@@ -28,8 +28,6 @@ from lightning_int8.vision import experiment
 from lightning_int8.vision.models import MODELS
 from lightning_int8.vision.readers import READERS, ImageSet
 
-COLOURS = {"float": "black", "absmax": "tab:red"}
-
 
 def variants() -> dict[str, Recipe | None]:
     """The recipes by name; None is float32."""
@@ -114,7 +112,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
             steps = [point["step"] for point in run["curve"]]
             losses = [math.nan if point["loss"] is None else point["loss"] for point in run["curve"]]
             label = name if run["seed"] == min(r["seed"] for r in record["runs"]) else None
-            axes.plot(steps, losses, color=COLOURS.get(name, f"C{index}"), linewidth=1, label=label)
+            axes.plot(steps, losses, color="black" if name == "float" else f"C{index}", linewidth=1, label=label)
     axes.set(xlabel="optimizer step", ylabel="training loss, mean of a window", title=record["settings"]["model"])
     axes.legend()
     figure.savefig(path, dpi=110, bbox_inches="tight")

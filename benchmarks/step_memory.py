@@ -17,6 +17,8 @@ from typing import Any
 
 from step_columns import Training
 
+from lightning_int8.backends.cpu import buffers
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 FIRST_STEPS = 3
 """Steps before the measured ones. Step 3 refreshes nothing, step 4 does."""
@@ -49,6 +51,7 @@ def measure_here(training: Training) -> None:
 def _peak(training: Training) -> float:
     training.forget_gradients()
     gc.collect()
+    buffers.clear()
     ctypes.CDLL(None).malloc_trim(0)
     resting = _kibibytes("VmRSS")
     CLEAR.write_text("5")  # the highest resident size begins anew

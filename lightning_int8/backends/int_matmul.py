@@ -15,6 +15,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX
 
 _CHECKED_LENGTHS = (2, 100, 4608)
@@ -26,7 +27,8 @@ MatMul = Callable[[Tensor, Tensor], Tensor]
 
 def full_range(a: Tensor, b: Tensor) -> Tensor:
     """a · b in one product, int8 ``(M, K)`` and ``(K, N)`` to int32 ``(M, N)``."""
-    return torch._int_mm(_plain_row(a), _plain_row(b))
+    out = empty(a.shape[0], b.shape[1], dtype=torch.int32)
+    return torch._int_mm(_plain_row(a), _plain_row(b), out=out)
 
 
 def halves(a: Tensor, b: Tensor) -> Tensor:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_int8.backends import int_matmul
 from lightning_int8.backends.base import Backend, Counts, output_scales
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.depthwise_route import Depthwise
@@ -101,7 +101,7 @@ class OneDNN(Backend):
             return scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim()))
         if geometry is None:
             matrices = _matrices(contraction, left, right)
-            out = torch.empty(matrices[0].shape[0], matrices[1].shape[1])
+            out = empty(matrices[0].shape[0], matrices[1].shape[1])
             scales = Scales(left.scale, right.scale)
             self._gemm.into(out, *matrices, left.zero_point, right.zero_point, scales)
             return out

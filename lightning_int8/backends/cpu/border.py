@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
 from lightning_int8.backends.cpu.threads import split
 
@@ -30,7 +31,7 @@ def pad(data: Tensor, padding: Sequence[tuple[int, int]], fill: int, unsigned: b
     sizes = [n + lo + hi for n, (lo, hi) in zip(spatial, padding, strict=True)]
     count = samples * prod(sizes) * channels
     dtype = torch.uint8 if unsigned else torch.int8
-    out = torch.empty(count + slack, dtype=dtype)[:count].view(samples, *sizes, channels)
+    out = empty(count + slack, dtype=dtype)[:count].view(samples, *sizes, channels)
     sources = _source_rows(tuple(spatial[:-1]), tuple(padding[:-1]))
     source = data.view(torch.uint8).view(samples, -1, spatial[-1] * channels).numpy()
     target = out.view(torch.uint8).view(samples, len(sources), sizes[-1] * channels).numpy()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends import im2col
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.numerics import Plane
@@ -76,7 +77,7 @@ class Columns:
             # With one channel the windows of neighbours overlap and `reshape` alone may leave them so.
             return view[samples][..., channels].reshape(count, width).contiguous()
         if self._buffer.numel() < count * width:
-            self._buffer = torch.empty(count * width, dtype=torch.int8)
+            self._buffer = empty(count * width, dtype=torch.int8)
         origins, offsets, run = _tables(correlation, tuple(padded.shape[1:]), channels.start, channels.stop)
         flat = padded.as_strided((padded.numel() + GATHER.WIDEST_COPY,), (1,)).numpy()
         rows = self._buffer[: count * width]

@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.geometry import ConvGeometry, Residue
 from lightning_int8.numerics import Plane
 
@@ -123,8 +124,9 @@ def assemble_grad_input(
     if any(sums.dtype == torch.int64 for _, sums in parts):
         dtype = torch.int64
     # Input positions that no tap reaches have a gradient of 0.
-    new = torch.empty if len(parts) == len(residues) else torch.zeros
-    result = new(batch, *geometry.input_size, channels, dtype=dtype)
+    result = empty(batch, *geometry.input_size, channels, dtype=dtype)
+    if len(parts) < len(residues):
+        result.zero_()
     for residue, sums in parts:
         positions = (slice(None), *(slice(d.first, None, d.stride) for d in residue.dims))
         result[positions] = sums

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.columns import padded
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets, output_correlation
 from lightning_int8.backends.cpu.gemm import RAW_LIMIT
@@ -79,7 +80,7 @@ def depthwise_conv(
     if left is not None and right is not None:
         second = np.float32(right.item()) if right.dim() == 0 else right.repeat(repeats).numpy()
         factors = (np.float32(left.item()), second)
-    out = torch.empty(batch, *size, channels, dtype=torch.int32 if factors is None else torch.float32)
+    out = empty(batch, *size, channels, dtype=torch.int32 if factors is None else torch.float32)
     rows = out.view(len(starts), size[-1] * channels).numpy()
     DEPTHWISE.correlate(flat, starts, offsets, by_tap.numpy(), factors, rows)
     return out

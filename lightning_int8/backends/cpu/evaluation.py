@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends.cpu import elementwise
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.elementwise import Source
 from lightning_int8.backends.cpu.expression import MASK_BITS, Expression
 from lightning_int8.backends.cpu.threads import split_blocks
@@ -44,7 +45,7 @@ def source_of(expression: Expression, kept: Tensor | None, block: int | None = N
         words = first.mask.known().numpy().view(np.uint16)
     mask = expression.mask if expression.rectified else None
     if mask is not None and mask.words is None:
-        mask.words = torch.empty(-(-prod(expression.shape) // MASK_BITS), dtype=torch.int16)
+        mask.words = empty(-(-prod(expression.shape) // MASK_BITS), dtype=torch.int16)
         mask.expression = None
         kept_words = mask.words.numpy().view(np.uint16)
     return (
@@ -74,7 +75,7 @@ def _factors(expression: Expression, block: int) -> tuple[np.ndarray, np.ndarray
 
 def evaluate(expression: Expression) -> Tensor:
     """The values, float32, canonical."""
-    values = torch.empty(expression.shape)
+    values = empty(*expression.shape)
     source, block, count = source_of(expression, values.view(-1)), block_of(expression.shape[-1]), values.numel()
 
     split_blocks(lambda first, last: elementwise.compute_all(source, first, last, block), count, block)

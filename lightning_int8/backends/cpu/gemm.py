@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.backends.int_matmul import MatMul
@@ -72,7 +73,7 @@ class Gemm:
         sums = self.sums(a, b, zero_a, zero_b)
         if scales is None:
             out.copy_(sums)
-        elif _takes_one_pass(sums) and out.is_contiguous():
+        elif SCALE is not None and _is_plain_int32(sums) and out.is_contiguous():
             SCALE.scale_into(out, sums, *scales)
         else:
             torch.mul(sums.to(torch.float32).mul_(scales.left), scales.right, out=out)
@@ -80,15 +81,15 @@ class Gemm:
 
 def scaled_sums(sums: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """fl(fl(fl(sums) · left) · right), float32; the factors broadcast over ``sums``."""
-    if left.numel() > 1 or right.numel() > 1 or not _takes_one_pass(sums):
+    if SCALE is None or left.numel() > 1 or right.numel() > 1 or not _is_plain_int32(sums):
         return sums.to(torch.float32).mul_(left).mul_(right)
-    out = torch.empty(sums.shape)
+    out = empty(*sums.shape)
     SCALE.scale_into(out.flatten(1), sums.flatten(1), left.reshape(()), right.reshape(()))
     return out
 
 
-def _takes_one_pass(sums: Tensor) -> bool:
-    return SCALE is not None and sums.dtype == torch.int32 and sums.is_contiguous()
+def _is_plain_int32(sums: Tensor) -> bool:
+    return sums.dtype == torch.int32 and sums.is_contiguous()
 
 
 def _centred(sums: Tensor, a: Tensor, b: Tensor, zero_a: Tensor | None, zero_b: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.columns import Columns
 from lightning_int8.backends.cpu.correlation import Correlation, output_correlation
 from lightning_int8.backends.cpu.gemm import RAW_LIMIT, Gemm
@@ -35,7 +36,7 @@ class Im2col(Route):
         length = prod(correlation.taps) * channels
         sums_dtype = self._gemm.dtype(length, data.zero_point, weight.zero_point)
         dtype = sums_dtype if scales is None else torch.float32
-        result = torch.empty(batch, *correlation.size, out_channels, dtype=dtype)
+        result = empty(batch, *correlation.size, out_channels, dtype=dtype)
         for block in blocks(correlation.groups, channels, out_channels):
             matrix = block.weight(weight).movedim(0, -1).flatten(0, -2)  # (tap and channel, out)
             zero = None if weight.zero_point is None else block.out(weight.zero_point)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
 from lightning_int8.backends.cpu.elementwise import block_values, new_buffers
 from lightning_int8.backends.cpu.evaluation import source_of
@@ -31,8 +32,8 @@ def max_pool(expression: Expression, windows: Windows) -> tuple[Tensor, Tensor]:
     """
     samples, height, width, channels = expression.shape
     source = source_of(expression, None, block=width * channels)
-    out = torch.empty(samples, *windows.size, channels)
-    taps = torch.empty(out.shape, dtype=torch.uint8)
+    out = empty(samples, *windows.size, channels)
+    taps = empty(*out.shape, dtype=torch.uint8)
     geometry = np.array(windows.as_integers(), np.int64)
     values, where = out.view(samples, -1).numpy(), taps.view(samples, -1).numpy()
 

@@ -13,6 +13,7 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.elementwise import block_values, new_buffers
 from lightning_int8.backends.cpu.evaluation import block_of, source_of
@@ -42,7 +43,7 @@ _INFINITY = 0x7F800000  # bits of the smallest magnitude that is not finite
 def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
     """Quantize ``x``, see ``Backend.quantize``."""
     m = affine_map(clip_value, spec.bits, spec.affine)
-    planes = torch.empty(plane_count(spec.bits), *x.shape, dtype=torch.int8)
+    planes = empty(plane_count(spec.bits), *x.shape, dtype=torch.int8)
     zero = torch.zeros_like(m.scale) if m.zero is None else m.zero
     maps = [v.to(torch.float32) for v in (m.low, m.high, m.inverse, zero)]
     keys = np.array(mix_key(*key.tolist()), dtype=np.uint32)
@@ -105,7 +106,7 @@ def _quantize_expression(
     expression: Expression, maps: list[Tensor], spec: OperandSpec, axis: int | None, keys: np.ndarray, planes: Tensor
 ) -> int:
     """``_quantize`` of elements that are computed on the way, one scale for all or one per channel."""
-    values = torch.empty(expression.shape) if expression.kept else None
+    values = empty(*expression.shape) if expression.kept else None
     source = source_of(expression, None if values is None else values.view(-1))
     channels, count = expression.shape[-1], planes[0].numel()
     block = block_of(channels)

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import Correlation, transposed_weight
 from lightning_int8.backends.cpu.direct_route import Direct
 from lightning_int8.backends.cpu.route import Route, Scales
@@ -85,7 +86,8 @@ def _spread(stacked: Tensor, geometry: ConvGeometry, channels: int) -> Tensor:
     dims = len(geometry.stride)
     classes = [min(s, n) for s, n in zip(geometry.stride, geometry.input_size, strict=True)]
     sizes = stacked.shape[1:-1]
-    result = stacked.new_empty(len(stacked), *(n * c for n, c in zip(sizes, classes, strict=True)), channels)
+    spread = (n * c for n, c in zip(sizes, classes, strict=True))
+    result = empty(len(stacked), *spread, channels, dtype=stacked.dtype)
     by_class = stacked.unflatten(-1, (*classes, channels))
     for axis in range(dims):  # (N, *size, *class, C) to (N, size, class, size, class, ..., C)
         by_class = by_class.movedim(1 + dims + axis, 2 + 2 * axis)
