@@ -1,21 +1,32 @@
-"""Elementwise passes: blocks computed in the first two levels of cache, loops that the compiler vectorizes."""
+"""Elementwise passes: one walk through memory, in blocks whose intermediate results stay in cache."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
-from lightning_int8.backends.cpu.expression import MASK_BITS
 from lightning_int8.backends.cpu.unpool import unpool
+from lightning_int8.backends.cpu.vectors import (
+    LANES,
+    inside,
+    keep,
+    lanes_of,
+    largest_bits,
+    largest_lane,
+    load,
+    nearest,
+    no_bits,
+    plus,
+    rectified,
+    splat,
+    steps,
+    store,
+    store_bytes,
+    times,
+    up_or_down,
+)
 
 _FLUSHED = 512  # blocks that are summed in float32 before their sum goes to float64
-_ZERO = np.float32(0.0)
 
 Source = tuple[
     np.ndarray,
@@ -36,51 +47,11 @@ Source = tuple[
 A plain tuple: numba keeps the names of classes on disk, where later versions could not read them.
 """
 
-_ARRAY = types.Array(types.float32, 1, "C")
-
-
-def _vector(context: Any, builder: Any, signature: Any, arguments: Any, array: int) -> Any:
-    """Pointer to a vector of ``MASK_BITS`` elements of argument ``array``, from the index on that follows it."""
-    struct = cgutils.create_struct_proxy(signature.args[array])(context, builder, arguments[array])
-    pointer = builder.gep(struct.data, [arguments[array + 1]])
-    return builder.bitcast(pointer, ir.VectorType(ir.FloatType(), MASK_BITS).as_pointer())
-
-
-@intrinsic
-def _inside(typing_context: Any, x: Any, i: Any, upper: Any) -> Any:
-    """The bits of a word: which of ``x[i : i + MASK_BITS]`` are between 0 and the bound, or no numbers."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value = builder.load(_vector(context, builder, signature, arguments, 0), align=4)
-        zero, bound = ir.Constant(value.type, [0.0] * MASK_BITS), ir.Constant(value.type, ir.Undefined)
-        for lane in range(MASK_BITS):
-            bound = builder.insert_element(bound, arguments[2], ir.Constant(ir.IntType(32), lane))
-        # Unordered comparisons are true of what is no number, and of a bound that is none.
-        positive, below = builder.fcmp_unordered(">", value, zero), builder.fcmp_unordered("<", value, bound)
-        return builder.bitcast(builder.and_(positive, below), ir.IntType(MASK_BITS))
-
-    return types.uint16(_ARRAY, types.int64, types.float32), generate
-
-
-@intrinsic
-def _keep(typing_context: Any, out: Any, i: Any, x: Any, j: Any, word: Any) -> Any:
-    """Copy those of ``x[j : j + MASK_BITS]`` to ``out[i:]`` whose bit is set, and 0 for the others."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value = builder.load(_vector(context, builder, signature, arguments, 2), align=4)
-        zero = ir.Constant(value.type, [0.0] * MASK_BITS)
-        bits = builder.bitcast(arguments[4], ir.VectorType(ir.IntType(1), MASK_BITS))
-        kept = builder.select(bits, value, zero)
-        builder.store(kept, _vector(context, builder, signature, arguments, 0), align=4)
-        return context.get_dummy_value()
-
-    return types.void(_ARRAY, types.int64, _ARRAY, types.int64, types.uint16), generate
-
 
 @compiled
 def new_buffers(block):
-    """What ``block_values`` works in."""
-    return np.empty(block, np.float32), np.empty(block, np.float32), np.empty(block, np.float32)
+    """What ``block_values`` works in; ``block`` is a multiple of ``LANES``."""
+    return np.empty(block, np.float32), np.empty(block, np.float32)
 
 
 @compiled
@@ -104,101 +75,89 @@ def block_values(source, start, count, buffers):
         count: At most the length of a block.
         buffers: From ``new_buffers``.
     """
-    values, taps, windows, words, others, factor, other_factor, offset, rectified, upper, kept_words, kept = source
-    out, unpooled, masked = buffers
-    if taps.size > 0:
-        unpool(values, taps, windows, start, count, unpooled)
-        first = unpooled[:count]
-    else:
-        first = values[start : start + count]
-    if words.size > 0:
-        _keep_all(first, words, start // MASK_BITS, masked)
-        first = masked[:count]
-    if others.size > 0:
-        second = others[start : start + count]
-        if offset.size > 0:
-            _combine(first, second, factor, other_factor, offset, out)
-        else:
-            _plus(first, second, out)
-    elif offset.size > 0:
-        _apply(first, factor, offset, out)
-    else:
-        _copy(first, out[:count])
-    if rectified:
-        if kept_words.size > 0:
-            _note_inside(out, count, upper, start // MASK_BITS, kept_words)
-        _rectify(count, upper, out)
-    if kept.size > 0:
-        _copy(out, kept[start : start + count])
-    return out[:count]
-
-
-# Loops of their own, which the compiler vectorizes: an array that is read is written at the same place or not at all,
-# and no index might be negative.
+    walk(source, start, start + count, count, buffers, None, None, None, None, None, False, None, None)
+    return buffers[0][:count]
 
 
 @compiled
-def _combine(x, y, x_factor, y_factor, offset, out):
-    wide_vectors()
-    for i in range(x.size):
-        both = np.float32(np.float32(x[i] * x_factor[i]) + np.float32(y[i] * y_factor[i]))
-        out[i] = np.float32(both + offset[i])
+def walk(source, first, last, block, buffers, low, high, inverse, zero, largest, stochastic, keys, plane):
+    """Compute elements of a source, see ``block_values``, and round them into a plane.
+
+    Args:
+        source: See ``block_values``.
+        first: A multiple of ``block``.
+        last: Behind the last element.
+        block: Length of a block.
+        buffers: See ``block_values``.
+        low: See ``rounding.round_block``, as for all that follow.
+        high: See above.
+        inverse: See above.
+        zero: See above.
+        largest: See above.
+        stochastic: See above.
+        keys: See above.
+        plane: int8, flat, of all elements; None to put the last block in the first of the buffers as it is.
+
+    Returns:
+        The largest magnitude, as its bits.
+    """
+    rounding = (low, high, inverse, zero, largest, stochastic, keys, plane)
+    top = _walk(source, first, last, block, buffers, *rounding, None)
+    if (last - first) % LANES > 0:
+        start = first + (last - first - 1) // block * block
+        top = max(top, _walk(source, start, last, block, buffers, *rounding, True))
+    return top
 
 
 @compiled
-def _plus(x, y, out):
-    wide_vectors()
-    for i in range(x.size):
-        out[i] = np.float32(x[i] + y[i])
-
-
-@compiled
-def _apply(x, factor, offset, out):
-    wide_vectors()
-    for i in range(x.size):
-        out[i] = np.float32(np.float32(x[i] * factor[i]) + offset[i])
-
-
-@compiled
-def _copy(x, out):
-    wide_vectors()
-    for i in range(out.size):
-        out[i] = x[i]
-
-
-@compiled
-def _rectify(count, upper, x):
-    wide_vectors()
-    for i in range(count):
-        v = upper if x[i] > upper else x[i]
-        x[i] = _ZERO if v <= _ZERO else v
-
-
-@compiled
-def _note_inside(x, count, upper, word, words):
-    """The mask of the first ``count`` elements; ``x`` is whole words long."""
-    wide_vectors()
-    for k in range((count + MASK_BITS - 1) // MASK_BITS):
-        words[word + k] = _inside(x, k * MASK_BITS, upper)
-
-
-@compiled
-def _keep_all(x, words, word, out):
-    wide_vectors()
-    whole = x.size // MASK_BITS
-    for k in range(whole):
-        _keep(out, k * MASK_BITS, x, k * MASK_BITS, words[word + k])
-    for i in range(whole * MASK_BITS, x.size):
-        bit = (words[word + whole] >> (i % MASK_BITS)) & 1
-        out[i] = x[i] if bit else _ZERO
+def _walk(source, first, last, block, buffers, low, high, inverse, zero, largest, stochastic, keys, plane, only_rest):
+    """Whole vectors, with None as ``only_rest``, or what is left of the last block, less than a vector."""
+    values, taps, windows, words, others, factor, other_factor, offset, is_rectified, upper, kept_words, kept = source
+    out, unpooled = buffers
+    bound, top = splat(upper), no_bits()
+    for start in range(first, last, block):
+        count = min(block, last - start)
+        begin, end = 0, count // LANES * LANES
+        if only_rest is not None:
+            begin, end = end, count
+        if taps.size > 0:
+            unpool(values, taps, windows, start, count, unpooled)
+        for j in range(begin, end, LANES):
+            i, room = start + j, LANES
+            if only_rest is not None:
+                room = count - j
+            v = load(unpooled, j, room) if taps.size > 0 else load(values, i, room)
+            if words.size > 0:
+                v = keep(v, words[i // LANES])
+            if others.size > 0:
+                w = load(others, i, room)
+                if offset.size > 0:
+                    v = times(v, load(factor, j, LANES))
+                    v = plus(plus(v, times(w, load(other_factor, j, LANES))), load(offset, j, LANES))
+                else:
+                    v = plus(v, w)
+            elif offset.size > 0:
+                v = plus(times(v, load(factor, j, LANES)), load(offset, j, LANES))
+            if is_rectified:
+                if kept_words.size > 0:
+                    kept_words[i // LANES] = inside(v, bound)
+                v = rectified(v, bound)
+            if kept.size > 0:
+                store(kept, i, room, v)
+            if plane is None:
+                store(out, j, LANES, v)
+            else:
+                top = largest_bits(top, v)
+                y = steps(v, lanes_of(low, j), lanes_of(high, j), lanes_of(inverse, j))
+                q = up_or_down(y, np.uint32(i >> 1), keys[0], keys[1]) if stochastic else nearest(y)
+                store_bytes(plane, i, room, plus(q, lanes_of(zero, j)), splat(largest))
+    return largest_lane(top)
 
 
 @compiled
 def compute_all(source, first, last, block):
     """Compute elements ``first`` to ``last`` for the sake of what the source keeps of them."""
-    buffers = new_buffers(block)
-    for start in range(first, last, block):
-        block_values(source, start, min(block, last - start), buffers)
+    walk(source, first, last, block, new_buffers(block), None, None, None, None, None, False, None, None)
 
 
 @compiled

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled
-from lightning_int8.backends.cpu.elementwise import block_values, new_buffers
+from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, walk
 from lightning_int8.backends.cpu.evaluation import block_of, source_of
-from lightning_int8.backends.cpu.expression import Expression
+from lightning_int8.backends.cpu.expression import Expression, Term
 from lightning_int8.backends.cpu.rounding import round_block, widen
 from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split, split_blocks
 from lightning_int8.backends.cpu.tile import tile
@@ -54,7 +54,10 @@ def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis
     else:
         source = x.detach().contiguous()
         source = source.float() if source.dtype == torch.float16 else source
-        top = _quantize(source, maps, spec, axis, keys, planes)
+        if source.dtype == torch.float32 and len(planes) == 1 and axis != 0 and source.dim() > 1:
+            top = _quantize_expression(Expression((Term(source),)), maps, spec, axis, keys, planes)
+        else:
+            top = _quantize(source, maps, spec, axis, keys, planes)
 
     # As in `numerics.from_integers`; the integers themselves have become planes already.
     scale = m.scale if top < _INFINITY else torch.full_like(m.scale, torch.nan)
@@ -119,7 +122,10 @@ def _quantize_expression(
     rest = (np.float32(largest_integer(spec.bits)), spec.rounding == "stochastic", spec.bits == FLAG_BITS, keys)
 
     def work(first: int, last: int) -> int:
-        return _segment(source, first, last, *own, *rest, block, out)
+        if len(out) > 1:
+            return _segment(source, first, last, *own, *rest, block, out)
+        largest, stochastic, _, keys = rest
+        return _walk(source, first, last, *own, largest, stochastic, keys, block, out[0])
 
     top = max(split_blocks(work, count, block))
     if values is not None:
@@ -136,6 +142,13 @@ def _rows(values, first, last, length, low, high, inverse, zero, largest, stocha
         rest = (largest, stochastic, flagged, keys, block, planes)
         top = max(top, _segment(values, r * length, (r + 1) * length, *own, *rest))
     return top
+
+
+@compiled
+def _walk(source, first, last, low, high, inverse, zero, largest, stochastic, keys, block, plane):
+    """``_segment`` of a source and one plane."""
+    own = (low, high, inverse, zero, largest, stochastic, keys, plane)
+    return walk(source, first, last, block, new_buffers(block), *own)
 
 
 @compiled
