@@ -6,6 +6,7 @@ import numpy as np
 
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
 from lightning_int8.backends.cpu.unpool import unpool
+from lightning_int8.backends.cpu.vector_rounding import nearest, steps, store_bytes, up_or_down
 from lightning_int8.backends.cpu.vectors import (
     LANES,
     inside,
@@ -14,16 +15,12 @@ from lightning_int8.backends.cpu.vectors import (
     largest_bits,
     largest_lane,
     load,
-    nearest,
     no_bits,
     plus,
     rectified,
     splat,
-    steps,
     store,
-    store_bytes,
     times,
-    up_or_down,
 )
 
 _FLUSHED = 512  # blocks that are summed in float32 before their sum goes to float64

@@ -13,12 +13,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-from lightning_int8.generator import HASH_MULTIPLIERS, RANDOM_BITS
-
 LANES = 16
 
-_FLOATS, _INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
-_HALVES = ir.VectorType(ir.IntType(32), LANES // 2)
+FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 _BITS, _INDEX = ir.VectorType(ir.IntType(1), LANES), ir.IntType(32)
 
 
@@ -42,31 +39,35 @@ floats, ints = _Floats(), _Ints()
 @register_model(_Floats)
 class _FloatsModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _FLOATS)
+        super().__init__(manager, kind, FLOATS)
 
 
 @register_model(_Ints)
 class _IntsModel(models.PrimitiveModel):
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, _INTS)
+        super().__init__(manager, kind, INTS)
 
 
-def _constant(kind: Any, value: Any) -> Any:
+def constant(kind: Any, value: Any) -> Any:
+    """A vector of a kind of LLVM's with one value in every lane."""
     return ir.Constant(kind, [value] * kind.count)
 
 
-def _splat(builder: Any, value: Any, kind: Any) -> Any:
+def splat_of(builder: Any, value: Any, kind: Any) -> Any:
+    """Likewise, of a value that the pass computes."""
     nothing = ir.Constant(kind, ir.Undefined)
     first = builder.insert_element(nothing, value, _INDEX(0))
     return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_INDEX, kind.count), [0] * kind.count))
 
 
-def _place(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> Any:
+def place_in(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> Any:
+    """Pointer to a vector of the array from the index on."""
     data = cgutils.create_struct_proxy(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
 
 
-def _call(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+def operation(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
+    """The result of an operation of LLVM by its name."""
     kind = ir.FunctionType(result, [a.type for a in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
@@ -82,13 +83,14 @@ def _has_room(builder: Any, room: Any) -> Any:
     return builder.icmp_signed(">=", room, room.type(LANES))
 
 
-def _store(builder: Any, v: Any, place: Any, room: Any, name: str) -> None:
+def store_lanes(builder: Any, v: Any, place: Any, room: Any, name: str) -> None:
+    """Write a vector; of its lanes no more than there is room for. ``name`` is LLVM's for its type."""
     with builder.if_else(_has_room(builder, room), likely=True) as (whole, part):
         with whole:
             builder.store(v, place, align=1)
         with part:
             arguments = v, place, _INDEX(1), _first_lanes(builder, room)
-            _call(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), *arguments)
+            operation(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), *arguments)
 
 
 @intrinsic
@@ -97,15 +99,15 @@ def load(typing_context: Any, x: Any, i: Any, room: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, i, room = arguments
-        place = _place(context, builder, signature.args[0], x, i, _FLOATS)
+        place = place_in(context, builder, signature.args[0], x, i, FLOATS)
         with builder.if_else(_has_room(builder, room), likely=True) as (whole, part):
             with whole:
                 all_lanes, of_whole = builder.load(place, align=4), builder.block
             with part:
-                masked = place, _INDEX(4), _first_lanes(builder, room), _constant(_FLOATS, 0.0)
-                some_lanes = _call(builder, f"llvm.masked.load.v{LANES}f32.p0", _FLOATS, *masked)
+                masked = place, _INDEX(4), _first_lanes(builder, room), constant(FLOATS, 0.0)
+                some_lanes = operation(builder, f"llvm.masked.load.v{LANES}f32.p0", FLOATS, *masked)
                 of_part = builder.block
-        v = builder.phi(_FLOATS)
+        v = builder.phi(FLOATS)
         v.add_incoming(all_lanes, of_whole)
         v.add_incoming(some_lanes, of_part)
         return v
@@ -119,8 +121,8 @@ def store(typing_context: Any, out: Any, i: Any, room: Any, v: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out, i, room, v = arguments
-        place = _place(context, builder, signature.args[0], out, i, _FLOATS)
-        _store(builder, v, place, room, f"v{LANES}f32")
+        place = place_in(context, builder, signature.args[0], out, i, FLOATS)
+        store_lanes(builder, v, place, room, f"v{LANES}f32")
         return context.get_dummy_value()
 
     return types.void(out, types.int64, types.int64, v), generate
@@ -131,7 +133,7 @@ def splat(typing_context: Any, value: Any) -> Any:
     """A float32 number in every lane."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _splat(builder, arguments[0], _FLOATS)
+        return splat_of(builder, arguments[0], FLOATS)
 
     return floats(types.float32), generate
 
@@ -162,7 +164,7 @@ def keep(typing_context: Any, v: Any, word: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v, word = arguments
-        return builder.select(builder.bitcast(word, _BITS), v, _constant(_FLOATS, 0.0))
+        return builder.select(builder.bitcast(word, _BITS), v, constant(FLOATS, 0.0))
 
     return floats(v, types.uint16), generate
 
@@ -173,7 +175,7 @@ def inside(typing_context: Any, v: Any, upper: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v, upper = arguments
-        above = builder.fcmp_unordered(">", v, _constant(_FLOATS, 0.0))
+        above = builder.fcmp_unordered(">", v, constant(FLOATS, 0.0))
         return builder.bitcast(builder.and_(above, builder.fcmp_unordered("<", v, upper)), ir.IntType(LANES))
 
     return types.uint16(v, upper), generate
@@ -185,7 +187,7 @@ def rectified(typing_context: Any, v: Any, upper: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         v, upper = arguments
-        zero = _constant(_FLOATS, 0.0)
+        zero = constant(FLOATS, 0.0)
         bounded = builder.select(builder.fcmp_ordered(">", v, upper), upper, v)
         return builder.select(builder.fcmp_ordered("<=", bounded, zero), zero, bounded)
 
@@ -197,7 +199,7 @@ def no_bits(typing_context: Any) -> Any:
     """Zeros, to begin ``largest_bits`` with."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _constant(_INTS, 0)
+        return constant(INTS, 0)
 
     return ints(), generate
 
@@ -208,7 +210,7 @@ def largest_bits(typing_context: Any, top: Any, v: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         top, v = arguments
-        magnitude = builder.and_(builder.bitcast(v, _INTS), _constant(_INTS, 0x7FFFFFFF))
+        magnitude = builder.and_(builder.bitcast(v, INTS), constant(INTS, 0x7FFFFFFF))
         return builder.select(builder.icmp_signed(">", magnitude, top), magnitude, top)
 
     return ints(top, v), generate
@@ -226,80 +228,6 @@ def largest_lane(typing_context: Any, top: Any) -> Any:
         return lanes[0]
 
     return types.int32(top), generate
-
-
-@intrinsic
-def steps(typing_context: Any, v: Any, low: Any, high: Any, inverse: Any) -> Any:
-    """clamp(v) · inverse; 0 where that is no number."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v, low, high, inverse = arguments
-        v = builder.select(builder.fcmp_ordered("<", v, low), low, v)
-        v = builder.select(builder.fcmp_ordered(">", v, high), high, v)
-        y = builder.fmul(v, inverse)
-        return builder.select(builder.fcmp_ordered("ord", y, y), y, _constant(_FLOATS, 0.0))
-
-    return floats(v, low, high, inverse), generate
-
-
-@intrinsic
-def nearest(typing_context: Any, y: Any) -> Any:
-    """The nearest integers, ties to even."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return _call(builder, f"llvm.rint.v{LANES}f32", _FLOATS, *arguments)
-
-    return floats(y), generate
-
-
-@intrinsic
-def up_or_down(typing_context: Any, y: Any, first: Any, k0: Any, k1: Any) -> Any:
-    """Integers above ``y`` with probability equal to its fraction, else below; see ``generator.random_bits``.
-
-    ``first`` is half the index of the first element, which is even; ``k0`` and ``k1`` are the key, all uint32.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        y, first, k0, k1 = arguments
-        h = builder.add(_splat(builder, first, _HALVES), ir.Constant(_HALVES, list(range(LANES // 2))))
-
-        def shifted(bits: int) -> Any:
-            return builder.xor(h, builder.lshr(h, _constant(_HALVES, bits)))
-
-        h = builder.xor(h, _splat(builder, k0, _HALVES))
-        h = shifted(16)
-        h = builder.mul(h, _constant(_HALVES, HASH_MULTIPLIERS[0]))
-        h = shifted(15)
-        h = builder.add(h, _splat(builder, k1, _HALVES))
-        h = builder.mul(h, _constant(_HALVES, HASH_MULTIPLIERS[1]))
-        h = shifted(16)
-        # An odd element takes the upper half of the word that it shares with the one before it.
-        bits = builder.zext(builder.bitcast(h, ir.VectorType(ir.IntType(16), LANES)), _INTS)
-        noise = builder.sitofp(bits, _FLOATS)
-        floor = _call(builder, f"llvm.floor.v{LANES}f32", _FLOATS, y)
-        share = builder.fmul(builder.fsub(y, floor), _constant(_FLOATS, float(1 << RANDOM_BITS)))
-        up = builder.fcmp_ordered("<", noise, share)
-        return builder.fadd(floor, builder.select(up, _constant(_FLOATS, 1.0), _constant(_FLOATS, 0.0)))
-
-    return floats(y, types.uint32, types.uint32, types.uint32), generate
-
-
-@intrinsic
-def store_bytes(typing_context: Any, out: Any, i: Any, room: Any, q: Any, largest: Any) -> Any:
-    """``out[i : i + LANES] = clamp(q, ±largest)``, int8, no more than ``room`` elements."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        out, i, room, q, largest = arguments
-        smallest = builder.fneg(largest)
-        q = builder.select(builder.fcmp_ordered("<", q, smallest), smallest, q)
-        q = builder.select(builder.fcmp_ordered(">", q, largest), largest, q)
-        kind = ir.VectorType(ir.IntType(8), LANES)
-        some_bytes = builder.trunc(builder.fptosi(q, _INTS), kind)
-        place = _place(context, builder, signature.args[0], out, i, kind)
-        _store(builder, some_bytes, place, room, f"v{LANES}i8")
-        return context.get_dummy_value()
-
-    return types.void(out, types.int64, types.int64, q, largest), generate
 
 
 def lanes_of(value, i):
