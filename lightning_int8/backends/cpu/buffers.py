@@ -1,8 +1,7 @@
 """Large tensors in memory that was in use before.
 
-Fresh memory costs a page fault every 4 KiB, which takes several times as long as to fill it, and the C library gives
-large blocks back to the system whenever they are freed. A network allocates the same sizes step after step; here they
-are kept in between.
+Fresh memory costs a page fault every 4 KiB, and the C library gives large blocks back to the system whenever they are
+freed. A network allocates the same sizes step after step; here they are kept in between.
 """
 
 from __future__ import annotations

@@ -119,13 +119,12 @@ def _quantize_expression(
     else:
         own = tuple(tile(v.expand(channels), block) for v in maps)
     out = planes.view(len(planes), -1).numpy()
-    rest = (np.float32(largest_integer(spec.bits)), spec.rounding == "stochastic", spec.bits == FLAG_BITS, keys)
+    largest, stochastic = np.float32(largest_integer(spec.bits)), spec.rounding == "stochastic"
 
     def work(first: int, last: int) -> int:
         if len(out) > 1:
-            return _segment(source, first, last, *own, *rest, block, out)
-        largest, stochastic, _, keys = rest
-        return _walk(source, first, last, *own, largest, stochastic, keys, block, out[0])
+            return _segment(source, first, last, *own, largest, stochastic, spec.bits == FLAG_BITS, keys, block, out)
+        return walk(source, first, last, block, new_buffers(block), *own, largest, stochastic, keys, out[0])
 
     top = max(split_blocks(work, count, block))
     if values is not None:
@@ -142,13 +141,6 @@ def _rows(values, first, last, length, low, high, inverse, zero, largest, stocha
         rest = (largest, stochastic, flagged, keys, block, planes)
         top = max(top, _segment(values, r * length, (r + 1) * length, *own, *rest))
     return top
-
-
-@compiled
-def _walk(source, first, last, low, high, inverse, zero, largest, stochastic, keys, block, plane):
-    """``_segment`` of a source and one plane."""
-    own = (low, high, inverse, zero, largest, stochastic, keys, plane)
-    return walk(source, first, last, block, new_buffers(block), *own)
 
 
 @compiled

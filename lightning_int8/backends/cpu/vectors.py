@@ -13,7 +13,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
-LANES = 16
+from lightning_int8.backends.cpu.expression import MASK_BITS
+
+LANES = MASK_BITS
+"""Elements of a vector: as many as a word of a mask has bits."""
 
 FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 _BITS, _INDEX = ir.VectorType(ir.IntType(1), LANES), ir.IntType(32)
