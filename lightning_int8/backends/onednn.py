@@ -16,6 +16,7 @@ from lightning_int8.backends.cpu.direct_route import Direct
 from lightning_int8.backends.cpu.expression import Expression
 from lightning_int8.backends.cpu.gemm import Gemm, scaled_sums
 from lightning_int8.backends.cpu.im2col_route import Im2col
+from lightning_int8.backends.cpu.implicit_route import Implicit
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Route, Scales
 from lightning_int8.backends.cpu.subpixel_route import Subpixel
@@ -48,7 +49,7 @@ class OneDNN(Backend):
         self.exact = matmul is not None
         self._gemm = Gemm(matmul or int_matmul.full_range)
         im2col, direct = Im2col(self._gemm), Direct()
-        routes: list[Route] = [Depthwise(), im2col, direct, Subpixel(direct)]
+        routes: list[Route] = [Depthwise(), im2col, direct, Subpixel(direct), Implicit()]
         if only is None:
             self._convolutions = Choice(routes, im2col, ChoiceFile())
         else:
@@ -93,10 +94,10 @@ class OneDNN(Backend):
     def scaled(
         self, contraction: str, a: Quantized, b: Quantized, i: int, j: int, geometry: ConvGeometry | None
     ) -> Tensor:
-        """See ``Backend.scaled``; the scales of an output or a grad_input are applied while its sums are in cache."""
+        """See ``Backend.scaled``; scales are applied while sums are in cache, where the route can."""
         assert self.exact, "the self-check found no exact INT8 product"
         left, right = a.planes[i], b.planes[j]
-        if contraction == "grad_weight":
+        if contraction == "grad_weight" and (geometry is None or b.axis is not None):
             sums = self.accumulate(contraction, left, right, geometry)
             return scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim()))
         if geometry is None:
@@ -113,7 +114,8 @@ class OneDNN(Backend):
         total = super()._contract(contraction, a, b, geometry, counts)
         if geometry is not None and contraction not in counts.routes:
             left, right = a.planes[0], b.planes[0]
-            scales = None if contraction == "grad_weight" else _scales(contraction, left, b, 0, geometry)
+            by_both = contraction == "grad_weight" and b.axis is not None
+            scales = None if by_both else _scales(contraction, left, b, 0, geometry)
             counts.routes[contraction] = self._convolutions.pick(contraction, left, right, geometry, scales).name
         return total
 

@@ -32,7 +32,7 @@ def pad(data: Tensor, padding: Sequence[tuple[int, int]], fill: int, unsigned: b
     count = samples * prod(sizes) * channels
     dtype = torch.uint8 if unsigned else torch.int8
     out = empty(count + slack, dtype=dtype)[:count].view(samples, *sizes, channels)
-    sources = _source_rows(tuple(spatial[:-1]), tuple(padding[:-1]))
+    sources = source_rows(tuple(spatial[:-1]), tuple(padding[:-1]))
     source = data.view(torch.uint8).view(samples, -1, spatial[-1] * channels).numpy()
     target = out.view(torch.uint8).view(samples, len(sources), sizes[-1] * channels).numpy()
     flip = np.uint8(128 if unsigned else 0)
@@ -46,7 +46,7 @@ def pad(data: Tensor, padding: Sequence[tuple[int, int]], fill: int, unsigned: b
 
 
 @lru_cache(maxsize=1024)
-def _source_rows(sizes: tuple[int, ...], padding: tuple[tuple[int, int], ...]) -> np.ndarray:
+def source_rows(sizes: tuple[int, ...], padding: tuple[tuple[int, int], ...]) -> np.ndarray:
     """The row of the data that each row of the result copies, int64; -1 for a row of the border."""
     rows = np.zeros((), np.int64)
     for size, (before, after) in zip(sizes, padding, strict=True):

@@ -65,11 +65,12 @@ class Choice:
         if len(timed) >= SHAPES_TIMED:
             return timed[-1] if timed[-1] in candidates else candidates[0]
         exact = self._checked(candidates, contraction, a, b, geometry, scales)
-        remembered = self._file.get(problem)
+        among = f"{problem}, fastest of {', '.join(r.name for r in exact)}"
+        remembered = self._file.get(among)
         route = exact[0] if len(exact) == 1 else next((r for r in exact if r.name == remembered), None)
         if route is None:
             route = fastest(exact, contraction, a, b, geometry, scales)
-            self._file.put(problem, route.name)
+            self._file.put(among, route.name)
         self._picked[problem] = route
         timed.append(route)
         return route
@@ -87,8 +88,7 @@ class Choice:
         probe = None
         if scales is not None:
             # Scales of many digits, so that another order of rounding shows; the real ones may even be NaN.
-            right = scales.right
-            probe = Scales(torch.tensor(0.37), torch.linspace(0.1, 0.9, right.numel()).reshape(right.shape))
+            probe = Scales(*(torch.linspace(0.37, 0.9, s.numel()).reshape(s.shape) for s in scales))
         expected = self._trusted.run(contraction, a, b, geometry, probe)
         exact = []
         for route in candidates:

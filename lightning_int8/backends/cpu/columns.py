@@ -78,7 +78,7 @@ class Columns:
             return view[samples][..., channels].reshape(count, width).contiguous()
         if self._buffer.numel() < count * width:
             self._buffer = empty(count * width, dtype=torch.int8)
-        origins, offsets, run = _tables(correlation, tuple(padded.shape[1:]), channels.start, channels.stop)
+        origins, offsets, run = window_tables(correlation, tuple(padded.shape[1:]), channels.start, channels.stop)
         flat = padded.as_strided((padded.numel() + GATHER.WIDEST_COPY,), (1,)).numpy()
         rows = self._buffer[: count * width]
         GATHER.gather_rows(flat, padded.stride(0), origins, offsets, run, samples, rows.numpy())
@@ -86,7 +86,7 @@ class Columns:
 
 
 @lru_cache(maxsize=1024)
-def _tables(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int) -> tuple[Any, Any, int]:
+def window_tables(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int) -> tuple[Any, Any, int]:
     """Where windows begin within a sample ``(*spatial, C)``, where their runs begin within them, and a run's length."""
     strides = [prod(shape[axis + 1 :]) for axis in range(len(shape) - 1)]
     channels = shape[-1]

@@ -18,7 +18,8 @@ from lightning_int8.backends.cpu.columns import padded
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets, output_correlation
 from lightning_int8.backends.cpu.gemm import RAW_LIMIT
 from lightning_int8.backends.cpu.passes import compiled_pass
-from lightning_int8.backends.cpu.route import Route, Scales
+from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
+from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
 
@@ -26,7 +27,7 @@ DEPTHWISE = compiled_pass("depthwise")
 """The compiled passes, or None where numba cannot be imported."""
 
 
-class Depthwise(Route):
+class Depthwise(CorrelationRoute):
     """Every channel has its own group, on both sides."""
 
     name = "depthwise"

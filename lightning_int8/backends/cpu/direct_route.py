@@ -18,7 +18,8 @@ from torch import Tensor
 from lightning_int8.backends import im2col
 from lightning_int8.backends.cpu.correlation import Correlation, correlations, output_correlation
 from lightning_int8.backends.cpu.passes import compiled_pass
-from lightning_int8.backends.cpu.route import Route, Scales
+from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
+from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX, Plane
 
@@ -37,7 +38,7 @@ BORDER = compiled_pass("border")
 """The compiled pass that makes data unsigned, or None where numba cannot be imported."""
 
 
-class Direct(Route):
+class Direct(CorrelationRoute):
     """Output and grad_input; there is no INT8 gradient of the weight in oneDNN."""
 
     name = "direct"

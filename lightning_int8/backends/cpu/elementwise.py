@@ -15,6 +15,7 @@ from lightning_int8.backends.cpu.vectors import (
     largest_bits,
     largest_lane,
     load,
+    minus,
     no_bits,
     plus,
     rectified,
@@ -72,13 +73,13 @@ def block_values(source, start, count, buffers):
         count: At most the length of a block.
         buffers: From ``new_buffers``.
     """
-    walk(source, start, start + count, count, buffers, None, None, None, None, None, False, None, None)
+    walk(source, start, start + count, count, buffers, None, None)
     return buffers[0][:count]
 
 
 @compiled
-def walk(source, first, last, block, buffers, low, high, inverse, zero, largest, stochastic, keys, plane):
-    """Compute elements of a source, see ``block_values``, and round them into a plane.
+def walk(source, first, last, block, buffers, rounding, sums):
+    """Compute elements of a source, see ``block_values``, and round them into a plane, or sum them.
 
     Args:
         source: See ``block_values``.
@@ -86,31 +87,31 @@ def walk(source, first, last, block, buffers, low, high, inverse, zero, largest,
         last: Behind the last element.
         block: Length of a block.
         buffers: See ``block_values``.
-        low: See ``rounding.round_block``, as for all that follow.
-        high: See above.
-        inverse: See above.
-        zero: See above.
-        largest: See above.
-        stochastic: See above.
-        keys: See above.
-        plane: int8, flat, of all elements; None to put the last block in the first of the buffers as it is.
+        rounding: (low, high, inverse, zero, largest, stochastic, keys, plane): see ``rounding.round_block``; the plane
+            is int8, flat, of all elements. None not to round.
+        sums: (first sums, second sums, other values, centre): what to add the elements to, and what their products with
+            other values, centred, if there are any: float32, one for each place of a block, but for the other values,
+            which are flat. None not to sum. With neither the last block is put in the first of the buffers.
 
     Returns:
-        The largest magnitude, as its bits.
+        The largest magnitude that was rounded, as its bits.
     """
-    rounding = (low, high, inverse, zero, largest, stochastic, keys, plane)
-    top = _walk(source, first, last, block, buffers, *rounding, None)
+    top = _walk(source, first, last, block, buffers, rounding, sums, None)
     if (last - first) % LANES > 0:
         start = first + (last - first - 1) // block * block
-        top = max(top, _walk(source, start, last, block, buffers, *rounding, True))
+        top = max(top, _walk(source, start, last, block, buffers, rounding, sums, True))
     return top
 
 
 @compiled
-def _walk(source, first, last, block, buffers, low, high, inverse, zero, largest, stochastic, keys, plane, only_rest):
+def _walk(source, first, last, block, buffers, rounding, sums, only_rest):
     """Whole vectors, with None as ``only_rest``, or what is left of the last block, less than a vector."""
     values, taps, windows, words, others, factor, other_factor, offset, is_rectified, upper, kept_words, kept = source
     out, unpooled = buffers
+    if rounding is not None:
+        low, high, inverse, zero, largest, stochastic, keys, plane = rounding
+    if sums is not None:
+        first_sums, second_sums, partner, centre = sums
     bound, top = splat(upper), no_bits()
     for start in range(first, last, block):
         count = min(block, last - start)
@@ -141,20 +142,25 @@ def _walk(source, first, last, block, buffers, low, high, inverse, zero, largest
                 v = rectified(v, bound)
             if kept.size > 0:
                 store(kept, i, room, v)
-            if plane is None:
-                store(out, j, LANES, v)
-            else:
+            if rounding is not None:
                 top = largest_bits(top, v)
                 y = steps(v, lanes_of(low, j), lanes_of(high, j), lanes_of(inverse, j))
                 q = up_or_down(y, np.uint32(i >> 1), keys[0], keys[1]) if stochastic else nearest(y)
                 store_bytes(plane, i, room, plus(q, lanes_of(zero, j)), splat(largest))
+            elif sums is not None:
+                store(first_sums, j, room, plus(load(first_sums, j, LANES), v))
+                if partner.size > 0:
+                    product = times(v, minus(load(partner, i, room), load(centre, j, LANES)))
+                    store(second_sums, j, room, plus(load(second_sums, j, LANES), product))
+            else:
+                store(out, j, LANES, v)
     return largest_lane(top)
 
 
 @compiled
 def compute_all(source, first, last, block):
     """Compute elements ``first`` to ``last`` for the sake of what the source keeps of them."""
-    walk(source, first, last, block, new_buffers(block), None, None, None, None, None, False, None, None)
+    walk(source, first, last, block, new_buffers(block), None, None)
 
 
 @compiled
@@ -172,16 +178,11 @@ def square_sums(values, first, last, block, pivot):
 def product_sums(source, first, last, block, other, centre):
     """Sums of a source and of its product with centred values for each place of a block."""
     sums, partial = np.zeros((2, block)), np.zeros((2, block), np.float32)
-    sum_x, sum_xy = partial[0], partial[1]
-    buffers = new_buffers(block)
-    for start in range(first, last, block):
-        count = min(block, last - start)
-        x = block_values(source, start, count, buffers)
-        if other.size > 0:
-            _add_products(x, other[start : start + count], centre, sum_x, sum_xy)
-        else:
-            _add(x, sum_x)
-        _flush(start - first, last - start, block, partial, sums)
+    buffers, span = new_buffers(block), _FLUSHED * block
+    for start in range(first, last, span):
+        walk(source, start, min(start + span, last), block, buffers, None, (partial[0], partial[1], other, centre))
+        sums += partial
+        partial[:] = 0
     return sums
 
 
@@ -194,24 +195,9 @@ def _flush(done, left, block, partial, sums):
 
 
 @compiled
-def _add(x, out):
-    wide_vectors()
-    for i in range(x.size):
-        out[i] += x[i]
-
-
-@compiled
 def _add_squares(x, pivot, first, second):
     wide_vectors()
     for i in range(x.size):
         d = np.float32(x[i] - pivot[i])
         first[i] += d
         second[i] += np.float32(d * d)
-
-
-@compiled
-def _add_products(x, y, centre, first, second):
-    wide_vectors()
-    for i in range(x.size):
-        first[i] += x[i]
-        second[i] += np.float32(x[i] * np.float32(y[i] - centre[i]))

@@ -11,13 +11,14 @@ from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.columns import Columns
 from lightning_int8.backends.cpu.correlation import Correlation, output_correlation
 from lightning_int8.backends.cpu.gemm import RAW_LIMIT, Gemm
-from lightning_int8.backends.cpu.route import Route, Scales
+from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
+from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.backends.group_blocks import Block, blocks
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
 
 
-class Im2col(Route):
+class Im2col(CorrelationRoute):
     """The route for every shape, and the one that others are checked against."""
 
     name = "im2col"

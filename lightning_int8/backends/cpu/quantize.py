@@ -124,7 +124,8 @@ def _quantize_expression(
     def work(first: int, last: int) -> int:
         if len(out) > 1:
             return _segment(source, first, last, *own, largest, stochastic, spec.bits == FLAG_BITS, keys, block, out)
-        return walk(source, first, last, block, new_buffers(block), *own, largest, stochastic, keys, out[0])
+        rounding = (*own, largest, stochastic, keys, out[0])
+        return walk(source, first, last, block, new_buffers(block), rounding, None)
 
     top = max(split_blocks(work, count, block))
     if values is not None:

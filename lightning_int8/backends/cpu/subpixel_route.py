@@ -16,7 +16,8 @@ from torch import Tensor
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import Correlation, transposed_weight
 from lightning_int8.backends.cpu.direct_route import Direct
-from lightning_int8.backends.cpu.route import Route, Scales
+from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
+from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
 
@@ -24,7 +25,7 @@ MOST_WASTE = 2.0
 """Products taken for each one that is needed, beyond which the classes are better computed one by one."""
 
 
-class Subpixel(Route):
+class Subpixel(CorrelationRoute):
     """grad_input at a stride, through ``Direct``."""
 
     name = "subpixel"

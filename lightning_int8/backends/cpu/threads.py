@@ -1,12 +1,17 @@
-"""Passes on as many threads as torch uses."""
+"""Passes on as many threads as torch uses, on Linux on the very threads of its OpenMP runtime.
+
+Between two of its operations those wait spinning. Threads of our own would compete with them for the cores.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import TypeVar
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +19,8 @@ Result = TypeVar("Result")
 
 SMALLEST_PIECE = 1 << 15
 """Elements that are worth a thread."""
+
+_TEAM_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def split(work: Callable[[int, int], Result], count: int, smallest: int) -> list[Result]:
@@ -31,9 +38,9 @@ def split(work: Callable[[int, int], Result], count: int, smallest: int) -> list
     if pieces == 1:
         return [work(0, count)]
     ends = [count * k // pieces for k in range(pieces + 1)]
-    others = [_pool(os.getpid(), pieces - 1).submit(work, ends[k], ends[k + 1]) for k in range(1, pieces)]
-    first = work(0, ends[1])
-    return [first, *(o.result() for o in others)]
+    tasks = [(ends[k], ends[k + 1]) for k in range(pieces)]
+    runtime = _openmp()
+    return _by_pool(work, tasks) if runtime is None else _by_team(runtime, work, tasks)
 
 
 def split_blocks(work: Callable[[int, int], Result], count: int, block: int) -> list[Result]:
@@ -43,6 +50,47 @@ def split_blocks(work: Callable[[int, int], Result], count: int, block: int) -> 
         return work(start * block, min(stop * block, count))
 
     return split(pieces, -(-count // block), -(-SMALLEST_PIECE // block))
+
+
+@cache
+def _openmp() -> Any:
+    """The library of torch through which its OpenMP runtime is found, or None where there is no such runtime.
+
+    ``GOMP_parallel`` is what GCC compiles parallel regions to; the runtimes of LLVM and Intel have it as well.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        library.GOMP_parallel.argtypes = [_TEAM_WORK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        library.GOMP_parallel.restype = None
+        library.omp_get_thread_num.restype = ctypes.c_int
+    except (OSError, AttributeError):
+        return None
+    return library
+
+
+def _by_team(runtime: Any, work: Callable[[int, int], Result], tasks: list[tuple[int, int]]) -> list[Result]:
+    results: dict[int, Result] = {}
+    errors: list[BaseException] = []
+
+    def own_tasks(_: Any) -> None:
+        try:
+            # The team may be smaller than asked for, inside another parallel region or by OMP_THREAD_LIMIT.
+            for k in range(runtime.omp_get_thread_num(), len(tasks), runtime.omp_get_num_threads()):
+                results[k] = work(*tasks[k])
+        except BaseException as error:  # it cannot pass through the runtime, and is raised behind it
+            errors.append(error)
+
+    # Always as many threads as torch's own operations take: the runtime would stop and start what differs.
+    runtime.GOMP_parallel(_TEAM_WORK(own_tasks), None, torch.get_num_threads(), 0)
+    if errors:
+        raise errors[0]
+    return [results[k] for k in range(len(tasks))]
+
+
+def _by_pool(work: Callable[[int, int], Result], tasks: list[tuple[int, int]]) -> list[Result]:
+    others = [_pool(os.getpid(), len(tasks) - 1).submit(work, *task) for task in tasks[1:]]
+    first = work(*tasks[0])
+    return [first, *(o.result() for o in others)]
 
 
 @lru_cache(maxsize=1)

@@ -75,24 +75,40 @@ def operation(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _first_lanes(builder: Any, room: Any) -> Any:
-    """A bit for each lane below ``room``."""
+def _first_lanes(builder: Any, room: Any, count: int) -> Any:
+    """A bit for each of ``count`` lanes that is below ``room``, which is less than their number."""
     bits = builder.sub(builder.shl(room.type(1), room), room.type(1))
-    return builder.bitcast(builder.trunc(bits, ir.IntType(LANES)), _BITS)
+    word = ir.IntType(count)
+    return builder.bitcast(bits if bits.type == word else builder.trunc(bits, word), ir.VectorType(ir.IntType(1), count))
 
 
-def _has_room(builder: Any, room: Any) -> Any:
+def _has_room(builder: Any, room: Any, count: int) -> Any:
     """Whether there is room for all lanes; but for the end of an array there always is."""
-    return builder.icmp_signed(">=", room, room.type(LANES))
+    return builder.icmp_signed(">=", room, room.type(count))
+
+
+def load_lanes(builder: Any, place: Any, room: Any, kind: Any, name: str) -> Any:
+    """A vector; of its lanes no more than there is room for are read, the others are 0. ``name`` is LLVM's for it."""
+    with builder.if_else(_has_room(builder, room, kind.count), likely=True) as (whole, part):
+        with whole:
+            all_lanes, of_whole = builder.load(place, align=1), builder.block
+        with part:
+            arguments = place, _INDEX(1), _first_lanes(builder, room, kind.count), ir.Constant(kind, None)
+            some_lanes = operation(builder, f"llvm.masked.load.{name}.p0", kind, *arguments)
+            of_part = builder.block
+    v = builder.phi(kind)
+    v.add_incoming(all_lanes, of_whole)
+    v.add_incoming(some_lanes, of_part)
+    return v
 
 
 def store_lanes(builder: Any, v: Any, place: Any, room: Any, name: str) -> None:
-    """Write a vector; of its lanes no more than there is room for. ``name`` is LLVM's for its type."""
-    with builder.if_else(_has_room(builder, room), likely=True) as (whole, part):
+    """Write a vector; of its lanes no more than there is room for."""
+    with builder.if_else(_has_room(builder, room, v.type.count), likely=True) as (whole, part):
         with whole:
             builder.store(v, place, align=1)
         with part:
-            arguments = v, place, _INDEX(1), _first_lanes(builder, room)
+            arguments = v, place, _INDEX(1), _first_lanes(builder, room, v.type.count)
             operation(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), *arguments)
 
 
@@ -103,17 +119,7 @@ def load(typing_context: Any, x: Any, i: Any, room: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, i, room = arguments
         place = place_in(context, builder, signature.args[0], x, i, FLOATS)
-        with builder.if_else(_has_room(builder, room), likely=True) as (whole, part):
-            with whole:
-                all_lanes, of_whole = builder.load(place, align=4), builder.block
-            with part:
-                masked = place, _INDEX(4), _first_lanes(builder, room), constant(FLOATS, 0.0)
-                some_lanes = operation(builder, f"llvm.masked.load.v{LANES}f32.p0", FLOATS, *masked)
-                of_part = builder.block
-        v = builder.phi(FLOATS)
-        v.add_incoming(all_lanes, of_whole)
-        v.add_incoming(some_lanes, of_part)
-        return v
+        return load_lanes(builder, place, room, FLOATS, f"v{LANES}f32")
 
     return floats(x, types.int64, types.int64), generate
 
@@ -147,6 +153,16 @@ def plus(typing_context: Any, v: Any, w: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fadd(*arguments)
+
+    return floats(v, w), generate
+
+
+@intrinsic
+def minus(typing_context: Any, v: Any, w: Any) -> Any:
+    """fl(v - w)."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fsub(*arguments)
 
     return floats(v, w), generate
 

@@ -1,0 +1,164 @@
+"""Convolutions as matrix products whose windows are read where they lie.
+
+Output and grad_input: rows are positions, read from the data through tables; columns are output channels, whose weights
+lie in panels as ``microkernel`` reads them. grad_weight: rows are output channels, columns are taps and input channels;
+sums run over positions of four samples at a time, so that neither a tap nor a stride changes what is summed together.
+
+The instruction multiplies unsigned by signed bytes: 128 is added to the left operand, and 128 times the sum of the
+right one taken off again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from lightning_int8.backends.cpu.compiler import at, compiled
+from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH, add_tile, is_available, write_scaled, write_tile
+from lightning_int8.backends.cpu.vectors import FLOATS, INTS, constant, load_lanes, place_in, splat_of, store_lanes
+
+__all__ = ["LANES", "QUAD", "ROWS", "UNSIGNED", "WIDTH", "correlate", "grad_weight", "is_available"]
+
+UNSIGNED = np.uint8(128)
+"""Added to signed bytes it makes unsigned ones; as bits it is the sign, so exclusive or does."""
+
+_ROWS_AT_ONCE = 8 * ROWS
+_BYTES_AT_ONCE = 64
+_BYTES = ir.VectorType(ir.IntType(8), _BYTES_AT_ONCE)
+
+
+@compiled
+def correlate(data, is_signed, samples, origins, targets, pieces, quads, panels, starts, scales, columns, first, last, out):
+    """Sums over windows for some positions, written as they are (int32) or scaled (float32).
+
+    Args:
+        data: uint8, flat: data + 128, or the bytes of signed ones.
+        is_signed: Whether they are; then a window is a single piece.
+        samples: (distance of samples in ``data``, in ``out``).
+        origins: int64: where the window of each position begins, within a sample.
+        targets: int64: where the result of each position belongs, within a sample.
+        pieces: int64, pairs: where each piece of a window begins, from its origin, and of a panel.
+        quads: Quads of a piece.
+        panels: uint8, flat: the signed bytes of ``(panel, piece, quad, WIDTH, QUAD)``.
+        starts: int32: what the sums of each column begin with, whole vectors.
+        scales: (left, right): float32, a number and one for each column, whole vectors.
+        columns: Columns.
+        first: First (sample and) position.
+        last: Behind the last one.
+        out: flat.
+    """
+    rows, places = np.empty(_ROWS_AT_ONCE, np.int64), np.empty(_ROWS_AT_ONCE, np.int64)
+    step = quads * QUAD
+    taken = np.empty(_ROWS_AT_ONCE * step if is_signed else 0, np.uint8)
+    source = taken if is_signed else data
+    left, right = scales
+    panel = pieces.size // 2 * step
+    n, t = first // origins.size, first % origins.size
+    for m in range(first, last, _ROWS_AT_ONCE):
+        count = min(_ROWS_AT_ONCE, last - m)
+        for i in range(count):
+            rows[i] = n * samples[0] + origins[t]
+            places[i] = n * samples[1] + targets[t]
+            t += 1
+            if t == origins.size:
+                n, t = n + 1, 0
+        # The last row fills up the last tile.
+        rows[count:] = rows[count - 1]
+        places[count:] = places[count - 1]
+        if is_signed:
+            _take(data, rows, count, step, taken)
+        for c in range(0, columns, WIDTH):
+            width = min(WIDTH, columns - c)
+            for i in range(0, count, ROWS):
+                write_tile(width, source, rows, i, pieces, quads, panels, c * panel, starts, c, left, right, out, places)
+
+
+@intrinsic
+def _copy_flipped(typing_context: Any, data: Any, i: Any, room: Any, out: Any, o: Any) -> Any:
+    """``out[o + k] = data[i + k] ^ UNSIGNED`` for a vector of bytes, no more than ``room``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, i, room, out, o = arguments
+        name = f"v{_BYTES.count}i8"
+        v = load_lanes(builder, place_in(context, builder, signature.args[0], data, i, _BYTES), room, _BYTES, name)
+        flipped = builder.xor(v, constant(_BYTES, int(UNSIGNED)))
+        store_lanes(builder, flipped, place_in(context, builder, signature.args[3], out, o, _BYTES), room, name)
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(data, n, n, out, n), generate
+
+
+@compiled
+def _take(data, rows, count, length, out):
+    """Copy rows + 128 side by side, and point to the copies."""
+    for i in range(count):
+        for j in range(0, length, _BYTES_AT_ONCE):
+            _copy_flipped(data, rows[i] + j, length - j, out, i * length + j)
+    for i in range(rows.size):
+        rows[i] = min(i, count - 1) * length
+
+
+@compiled
+def grad_weight(left, right, pieces, quads, block, panels, part, scales, taken_off, sums, out):
+    """Sums over positions for some channels of g and some panels of columns.
+
+    Args:
+        left: (uint8, flat: quads of g + 128 ``(..., channel and ones, QUAD)``; where the part begins; distance of
+            positions). Behind the channels of a part lies at least one row of ones.
+        right: (uint8, flat: quads of the signed bytes of x; distance of positions).
+        pieces: int64, pairs: where the positions of each piece begin, from the part and from a panel.
+        quads: Positions of a piece.
+        block: Pieces that are multiplied before the next ones: they stay in cache.
+        panels: int64 ``(panels, 3)``: where each begins in x, its columns, and where they belong in a row of ``out``.
+        part: (channels, first channel, rows of tiles).
+        scales: (left, right): float32, left is a number or one for each channel.
+        taken_off: int32: what else to take off the sums of a channel.
+        sums: int32, at least ``(panels · rows · WIDTH)``, to work in.
+        out: flat, ``(channels, columns)``, int32 for the sums as they are, float32 for scaled ones.
+    """
+    g, begin, left_step = left
+    x, right_step = right
+    channels, channel, height = part
+    count = pieces.size // 2
+    sums[: panels.shape[0] * height * WIDTH] = 0
+    for k in range(0, count, block):
+        stop = min(k + block, count)
+        for j in range(panels.shape[0]):
+            vectors = (panels[j, 1] + LANES - 1) // LANES
+            for r in range(0, height, ROWS):
+                row, s = begin + r * QUAD, (j * height + r) * WIDTH
+                add_tile(vectors, g, row, left_step, pieces, k, stop, quads, x, panels[j, 0], right_step, sums, s)
+    columns = out.size // taken_off.size
+    for j in range(panels.shape[0]):
+        begin, width = j * height * WIDTH, panels[j, 1]
+        for r in range(channels):
+            o, factor = (channel + r) * columns + panels[j, 2], at(scales[0], channel + r)
+            for c in range(0, width, LANES):
+                s, ones = begin + r * WIDTH + c, begin + channels * WIDTH + c
+                _write_sums(sums, s, ones, taken_off[channel + r], factor, scales[1], width - c, out, o + c)
+
+
+@intrinsic
+def _write_sums(
+    typing_context: Any, sums: Any, s: Any, ones: Any, off: Any, left: Any, right: Any, room: Any, out: Any, o: Any
+) -> Any:
+    """A vector of ``sums`` without what the added ``UNSIGNED`` has brought, and without ``off``; see ``write_tile``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums, s, ones, off, left, right, room, out, o = arguments
+
+        def load(index: Any) -> Any:
+            return builder.load(place_in(context, builder, signature.args[0], sums, index, INTS), align=4)
+
+        brought = builder.mul(load(ones), constant(INTS, int(UNSIGNED)))
+        total = builder.sub(builder.sub(load(s), brought), splat_of(builder, off, INTS))
+        write_scaled(context, builder, signature.args[7], total, [splat_of(builder, f, FLOATS) for f in (left, right)], out, o, room)
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(sums, n, n, types.int32, types.float32, types.float32, n, out, n), generate

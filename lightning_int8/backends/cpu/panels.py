@@ -1,0 +1,247 @@
+"""Operands in the order in which ``microkernel`` reads them: quads, the four bytes that one step sums, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from lightning_int8.backends.cpu.border import source_rows
+from lightning_int8.backends.cpu.buffers import empty
+from lightning_int8.backends.cpu.compiler import compiled
+from lightning_int8.backends.cpu.correlation import grid_offsets
+from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH
+from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.cpu.vectors import INTS, constant, load_lanes, place_in, splat_of, store_lanes
+
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
+
+_ONES = np.uint32(0x01010101)
+_FLIP = np.uint32(0x80808080)
+_NO_FLIP = np.uint32(0)
+_PRESENT = np.array([0, 0xFF, 0xFFFF, 0xFFFFFF, 0xFFFFFFFF], np.uint32)
+
+_SMALLEST_PIECE = 1 << 16  # quads that are worth a thread
+
+
+def of_weight(weight: Tensor, runs: int, run: int) -> np.ndarray:
+    """Panels ``(panel, run, quad, WIDTH, QUAD)``, as uint8, of columns and what they sum.
+
+    Args:
+        weight: int8 ``(columns, *taps, C)``, any strides.
+        runs: Runs of a window.
+        run: Bytes of a run: the taps and channels of a column are ``runs · run``.
+    """
+    columns, channels = weight.shape[0], weight.shape[-1]
+    quads = -(-run // QUAD)
+    words = runs * quads
+    is_whole = columns % WIDTH == 0 and run % QUAD == 0
+    out = empty(-(-columns // WIDTH) * WIDTH * words * QUAD, dtype=torch.uint8).numpy()
+    if not is_whole:
+        out.fill(0)
+    if weight.stride(0) == 1 and channels % QUAD == 0:
+        begins = _quads_of_rows(tuple(weight.shape[1:]), tuple(weight.stride()[1:]))
+        extent = 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
+        flat = weight.as_strided((extent,), (1,)).view(torch.uint8).numpy()
+        present, places = np.full(words, QUAD), np.arange(words) * WIDTH
+        for c in range(0, columns, WIDTH):
+            panel = out[c * words * QUAD : (c + WIDTH) * words * QUAD].view(np.uint32)
+            rest = (weight.stride(-1), present, _NO_FLIP, min(WIDTH, columns - c), panel, places, 0)
+            _interleave(flat, begins + c, *rest)
+        return out
+    rows = weight.reshape(columns, runs, run)
+    if run % QUAD:
+        rows = torch.nn.functional.pad(rows, (0, -run % QUAD))
+    _transpose_words(rows.contiguous().view(columns, -1).view(torch.uint8).numpy().view(np.uint32), out.view(np.uint32))
+    return out
+
+
+@lru_cache(maxsize=1024)
+def _quads_of_rows(sizes: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
+    """Where the first row of each quad of ``(*taps, C)`` begins."""
+    *outer, last = strides
+    return grid_offsets((*sizes[:-1], sizes[-1] // QUAD), (*outer, last * QUAD)).numpy()
+
+
+def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Four samples at a time: ``(N / 4, *padded, C, QUAD)`` of int8 ``(N, *spatial, C)``, as uint8, flat.
+
+    Args:
+        x: See above; contiguous.
+        padding: (before, after) per spatial axis; negative where the data are cropped.
+        fill: int8 value of the border. Samples that fill up the last four are 0, borders too.
+
+    Returns:
+        The quads, behind which a whole vector can be read, and the padded sizes.
+    """
+    samples, channels = x.shape[0], x.shape[-1]
+    spatial = x.shape[1:-1] if x.dim() > 2 else torch.Size([1])
+    pads = tuple(padding) or ((0, 0),)
+    sizes = tuple(n + lo + hi for n, (lo, hi) in zip(spatial, pads, strict=True))
+    fours = -(-samples // QUAD)
+    count = prod(sizes) * channels
+    out = empty((fours * count + LANES) * QUAD, dtype=torch.uint8).numpy()
+    quads = out.view(np.uint32)
+    present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
+    begins, places, kept, borders, lengths = _rows(tuple(spatial), pads, channels)
+    distance = x[0].numel()
+    all_begins = (np.arange(fours)[:, None] * QUAD * distance + begins).reshape(-1)
+    all_places = (np.arange(fours)[:, None] * count + places).reshape(-1)
+    all_present = np.repeat(present, len(begins))
+    flat = x.reshape(-1).view(torch.uint8).numpy()
+
+    def work(first: int, last: int) -> None:
+        own = slice(first, last)
+        _interleave(flat, all_begins[own], distance, all_present[own], _NO_FLIP, kept, quads, all_places[own], 0)
+
+    split(work, len(all_begins), -(-_SMALLEST_PIECE // max(1, kept)))
+    if len(borders):
+        values = (np.uint32(fill & 0xFF) * _ONES) & _PRESENT[present]
+        _fill(borders, lengths, values, count, quads)
+    return out, sizes
+
+
+@lru_cache(maxsize=1024)
+def _rows(
+    spatial: tuple[int, ...], padding: tuple[tuple[int, int], ...], channels: int
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]:
+    """How a sample is padded: rows of the data that are kept and their places, and the borders between them.
+
+    Returns:
+        Where each row begins in the data, where in the result, and the length of all; where borders begin and their
+        lengths.
+    """
+    sources = source_rows(spatial[:-1], padding[:-1])
+    before, after = padding[-1]
+    width = (spatial[-1] + before + after) * channels
+    first = min(max(before * channels, 0), width)
+    last = max(first, min((spatial[-1] + before) * channels, width))
+    rows = np.arange(len(sources)) * width
+    inside = sources >= 0
+    begins = sources[inside] * spatial[-1] * channels + max(-before, 0) * channels
+    strips = [(rows[~inside], width), (rows[inside], first), (rows[inside] + last, width - last)]
+    strips = [(at, length) for at, length in strips if length > 0 and len(at)]
+    borders = np.concatenate([at for at, _ in strips]) if strips else np.zeros(0, np.int64)
+    lengths = np.concatenate([np.full(len(at), n) for at, n in strips]) if strips else np.zeros(0, np.int64)
+    return begins, rows[inside] + first, last - first, borders, lengths
+
+
+def of_gradient(g: Tensor, first: int, count: int, channels: int) -> tuple[np.ndarray, int]:
+    """Four samples at a time, 128 more each: ``(N / 4, positions, part, height, QUAD)`` of int8 ``(N, *out, Co)``.
+
+    Args:
+        g: See above; contiguous.
+        first: First channel.
+        count: Number of channels.
+        channels: Channels of a part; ones fill it up.
+
+    Returns:
+        The quads, as uint8, flat, and the height of a part: whole tiles, with at least one row of ones.
+    """
+    samples, row = g.shape[0], g.shape[-1]
+    fours, positions, parts = -(-samples // QUAD), prod(g.shape[1:-1]), -(-count // channels)
+    height = -(-(channels + 1) // ROWS) * ROWS
+    out = empty(fours * positions * parts * height * QUAD, dtype=torch.uint8).numpy()
+    quads = out.view(np.uint32)
+    flat = g.reshape(-1).view(torch.uint8).numpy()
+    present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
+    of_position = np.arange(fours * positions)
+    begins = of_position // positions * (QUAD * positions * row) + of_position % positions * row + first
+    all_present = np.repeat(present, positions)
+    for part in range(parts):
+        own_channels = min(channels, count - part * channels)
+        own_begins, places = begins + part * channels, (of_position * parts + part) * height
+
+        def work(start: int, stop: int, own: Any = (own_begins, places, own_channels)) -> None:
+            piece = slice(start, stop)
+            at, to = own[0][piece], own[1][piece]
+            rest = (_FLIP, own[2], quads, to, height - own[2])
+            _interleave(flat, at, positions * row, all_present[piece], *rest)
+
+        split(work, len(begins), -(-_SMALLEST_PIECE // channels))
+    return out, height
+
+
+@intrinsic
+def _store_quads(
+    typing_context: Any, data: Any, a: Any, b: Any, c: Any, d: Any, mask: Any, flip: Any, room: Any, out: Any, o: Any
+) -> Any:
+    """``out[o + i]``: bytes i of the rows at a, b, c and d, masked and flipped; up to ``LANES``, no more than ``room``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, *begins, mask, flip, room, out, o = arguments
+        quads = constant(INTS, 0)
+        for k, begin in enumerate(begins):
+            place = place_in(context, builder, signature.args[0], data, begin, _BYTES)
+            row = builder.zext(load_lanes(builder, place, room, _BYTES, f"v{LANES}i8"), INTS)
+            quads = builder.or_(quads, builder.shl(row, constant(INTS, 8 * k)))
+        quads = builder.and_(quads, splat_of(builder, mask, INTS))
+        quads = builder.xor(quads, splat_of(builder, flip, INTS))
+        place = place_in(context, builder, signature.args[8], out, o, INTS)
+        store_lanes(builder, quads, place, room, f"v{LANES}i32")
+        return context.get_dummy_value()
+
+    n = types.int64
+    return types.void(data, n, n, n, n, types.uint32, types.uint32, n, out, n), generate
+
+
+@compiled
+def _interleave(data, begins, stride, present, flip, count, out, places, filled):
+    """Quads of four rows each, ``data[begins[i] + k * stride:][:count]`` for k < 4, to ``out[places[i]:]``.
+
+    Args:
+        data: uint8, flat.
+        begins: int64.
+        stride: Distance of the rows of a quad.
+        present: How many of a quad's rows there are, per quad; 0 stands for the others.
+        flip: What bits to turn, uint32.
+        count: Quads.
+        out: uint32, flat: a quad each.
+        places: int64.
+        filled: Quads of ones that follow.
+    """
+    for i in range(begins.size):
+        mask = _PRESENT[present[i]]
+        a, o = begins[i], places[i]
+        b = a + stride if present[i] > 1 else a
+        c = b + stride if present[i] > 2 else a
+        d = c + stride if present[i] > 3 else a
+        for k in range(0, count, LANES):
+            _store_quads(data, a + k, b + k, c + k, d + k, mask, flip, count - k, out, o + k)
+        for k in range(count, count + filled):
+            out[o + k] = _ONES
+
+
+@compiled
+def _fill(begins, counts, values, step, out):
+    """``out[begins[i] + n * step:][:counts[i]] = values[n]`` for every i and n, uint32."""
+    for n in range(values.size):
+        for i in range(begins.size):
+            o = n * step + begins[i]
+            for k in range(counts[i]):
+                out[o + k] = values[n]
+
+
+@compiled
+def _transpose_words(rows, out):
+    """Words of rows side by side: word w of row r to ``out[w * WIDTH + r % WIDTH]`` of panel ``r // WIDTH``.
+
+    Args:
+        rows: uint32 ``(rows, words)``.
+        out: uint32, flat, ``(panels, words, WIDTH)``; what no row reaches is left.
+    """
+    count, words = rows.shape
+    for first in range(0, count, WIDTH):
+        panel = first * words
+        for begin in range(0, words, 16):  # a line of the cache
+            for r in range(min(WIDTH, count - first)):
+                for w in range(begin, min(begin + 16, words)):
+                    out[panel + w * WIDTH + r] = rows[first + r, w]
