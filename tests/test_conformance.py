@@ -30,7 +30,7 @@ EXTREMES = st.sampled_from([0, 0, 1, -1])
 examples = settings(deadline=None, max_examples=60)
 
 
-ROUTES = ("im2col", "direct", "subpixel", "depthwise")
+ROUTES = ("im2col", "direct", "subpixel", "depthwise", "implicit")
 
 
 @st.composite
@@ -124,6 +124,12 @@ def test_onednn_linear_equals_reference(case):
 @given(cases(geometries()))
 def test_onednn_convolution_equals_reference(case):
     check(*case)
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.one_of(cases(st.none()), cases(geometries())))
+def test_implicit_products_of_any_dimensions_equal_reference(case):
+    check(*case, onednn.OneDNN(int_matmul.exact_matmul(), only="implicit"))
 
 
 @st.composite

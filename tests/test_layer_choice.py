@@ -180,7 +180,7 @@ def test_without_auto_nothing_is_timed_and_routes_are_shown(nothing_is_timed):
     assert row.gain == ""
     routes = dict(part.split(" by ") for part in row.route.removeprefix("onednn: ").split(", "))
     assert list(routes) == ["output", "grad_weight"]  # the first layer's input needs no gradient
-    assert set(routes.values()) <= {"im2col", "direct", "depthwise", "subpixel"}
+    assert set(routes.values()) <= {"im2col", "direct", "depthwise", "subpixel", "implicit"}
 
 
 def test_the_report_shows_the_routes_of_training():
@@ -192,7 +192,7 @@ def test_the_report_shows_the_routes_of_training():
     layer_states(model)[1].counts.routes["output"] = "another"  # as may be fastest for so few samples
     train(model.train())
     assert rows(model)["1"].route == "onednn: output by depthwise, grad_input by depthwise, grad_weight by depthwise"
-    assert rows(model)["3"].route == "onednn: INT8 product"
+    assert rows(model)["3"].route == "onednn: output by im2col, grad_input by im2col, grad_weight by im2col"
 
 
 # --- What is timed ---------------------------------------------------------------------------------------------------

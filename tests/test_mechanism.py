@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_int8 import ContractionSpec, OperandSpec, Recipe, convert, gemm_counts
 from lightning_int8.backends import group_blocks, int_matmul, load, onednn
 from lightning_int8.backends.base import Backend
-from lightning_int8.backends.cpu import columns, direct_route, subpixel_route
+from lightning_int8.backends.cpu import columns, direct_route, implicit_route, subpixel_route
+from lightning_int8.geometry import ConvGeometry
 from lightning_int8.layers import Int8Conv2d, Int8Linear
 from lightning_int8.report import execution_table
 from lightning_int8.rewrite import layer_states
@@ -27,6 +28,9 @@ INT8_PRODUCTS = {
     "onednn::qconv_pointwise": (torch.uint8, torch.int8),  # data, packed weight; behind them scales and offsets
     "lightning_int8::depthwise_conv": (torch.int8, torch.int8),
     "lightning_int8::depthwise_conv_grad_weight": (torch.int8, torch.int8),
+    "lightning_int8::implicit_conv_output": (torch.int8, torch.int8),
+    "lightning_int8::implicit_conv_grad_input": (torch.int8, torch.int8),
+    "lightning_int8::implicit_conv_grad_weight": (torch.int8, torch.int8),
     "lightning_int8::cupy_gemm": (torch.int8, torch.int8),
     "lightning_int8::cupy_convolution": (torch.int8, torch.int8),
 }
@@ -38,12 +42,13 @@ PACKING = "onednn::qconv_prepack"
 
 @dataclass(frozen=True)
 class Call:
-    """One operation, with the dtypes and shapes of its tensors and the shape of its result."""
+    """One operation, with the dtypes and shapes of its tensors, the shape of its result, and of some its windows."""
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     shapes: tuple[tuple[int, ...], ...]
     result: tuple[int, ...]
+    geometry: ConvGeometry | None = None
 
     @property
     def is_int8(self):
@@ -56,6 +61,9 @@ class Call:
             return prod(self.result) * self.shapes[0][1] / calls_per_count()
         if self.name.endswith("grad_weight"):
             return prod(self.shapes[0]) * prod(self.result[1:])
+        if self.geometry is not None:  # of a grad_input, whose residue classes have their own taps each
+            meetings = sum(prod(d.size * len(d.taps) for d in r.dims) for r in self.geometry.residues())
+            return self.shapes[0][0] * meetings * prod(self.shapes[1]) // self.geometry.taps
         return prod(self.result) * prod(self.shapes[1][1:])
 
 
@@ -72,7 +80,8 @@ class Products(TorchDispatchMode):
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
             shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
             dtypes, shapes = zip(*((t.dtype, tuple(t.shape)) for t in tensors), strict=True) if tensors else ((), ())
-            self.calls.append(Call(name, dtypes, shapes, shape))
+            geometry = implicit_route.geometry_of(*args[2:8]) if name.endswith("implicit_conv_grad_input") else None
+            self.calls.append(Call(name, dtypes, shapes, shape, geometry))
         return result
 
 
@@ -121,13 +130,15 @@ def small_network():
     )
 
 
-ROUTES = ("im2col", "direct", "subpixel", "depthwise")
+ROUTES = ("im2col", "direct", "subpixel", "depthwise", "implicit")
 
 
 def take_route(name, monkeypatch):
     """Let convolutions take one route wherever it can, instead of the fastest."""
     if name in ("direct", "subpixel") and not direct_route.is_exact():
         pytest.skip("without VNNI the direct convolution is not exact, hence not used")
+    if name == "implicit" and not implicit_route.is_exact():
+        pytest.skip("this CPU has no AVX512-VNNI, or numba is missing")
     backend = load("onednn")
     monkeypatch.setattr(backend, "_convolutions", onednn.OneDNN(backend._gemm.matmul, only=name)._convolutions)
 
@@ -271,6 +282,34 @@ def test_a_strided_gradient_is_one_direct_convolution(monkeypatch):
     calls = calls_of_step(model, torch.randn(2, 3, 9, 9))
     check_products(model, calls)
     assert [c.shapes[1] for c in calls if c.name == "onednn::qconv_pointwise"] == [(4 * 8, 8, 2, 2)]
+
+
+def test_the_implicit_products_are_int8_and_counted(monkeypatch):
+    take_route("implicit", monkeypatch)
+    torch.manual_seed(0)
+    strided = nn.Conv2d(8, 8, 3, stride=2, groups=2)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), strided, nn.Flatten(), nn.Linear(128, 5))
+    convert(model, recipe=recipe_of(16, 8))
+    calls = calls_of_step(model, torch.randn(2, 3, 9, 9))
+    check_products(model, calls)
+    names = [c.name.partition("implicit_conv_")[2] for c in calls]
+    # Two plane pairs each; the images need no gradient.
+    assert [names.count(c) for c in CONTRACTIONS] == [6, 4, 6]
+
+
+def test_a_float_product_in_place_of_an_implicit_one_is_caught(monkeypatch):
+    take_route("implicit", monkeypatch)
+
+    def fallback(self, contraction, a, b, geometry, scales=None):
+        return (a.data.float() @ b.data.float().t()) * scales.left * scales.right
+
+    monkeypatch.setattr(implicit_route.Implicit, "run", fallback)
+    model = nn.Sequential(nn.Linear(6, 4))
+    convert(model)
+    with torch.no_grad(), Products() as products:
+        model(torch.randn(3, 6))
+    with pytest.raises(AssertionError, match=r"not an INT8 product: .*aten::mm"):
+        check_products(model, products.calls)
 
 
 def test_the_depthwise_passes_are_int8_products_that_are_counted():

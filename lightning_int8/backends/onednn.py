@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lightning_int8.backends import int_matmul
 from lightning_int8.backends.base import Backend, Counts, output_scales
-from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.depthwise_route import Depthwise
@@ -31,6 +30,10 @@ QUANTIZE = compiled_pass("quantize")
 
 MEASURES = compiled_pass("measures")
 """The compiled measurement of quantization errors, or None."""
+
+
+_PRODUCT = ConvGeometry(input_size=(), kernel_size=(), stride=(), padding=(), dilation=(), groups=1)
+"""A matrix product is a convolution without spatial axes."""
 
 
 class OneDNN(Backend):
@@ -64,8 +67,6 @@ class OneDNN(Backend):
         """See ``Backend.route``."""
         halves = self._gemm.matmul is int_matmul.halves
         product = "INT8 product in two halves (no VNNI)" if halves else "INT8 product"
-        if not convolution:
-            return f"onednn: {product}"
         return f"onednn: {product}, fastest of {', '.join(r.name for r in self.convolution_routes)}"
 
     def quantize(
@@ -87,9 +88,7 @@ class OneDNN(Backend):
     def accumulate(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None) -> Tensor:
         """See ``Backend.accumulate``."""
         assert self.exact, "the self-check found no exact INT8 product"
-        if geometry is None:
-            return self._gemm.sums(*_matrices(contraction, a, b), a.zero_point, b.zero_point)
-        return self._convolutions.run(contraction, a, b, geometry)
+        return self._convolutions.run(contraction, a, b, geometry or _PRODUCT)
 
     def scaled(
         self, contraction: str, a: Quantized, b: Quantized, i: int, j: int, geometry: ConvGeometry | None
@@ -97,25 +96,21 @@ class OneDNN(Backend):
         """See ``Backend.scaled``; scales are applied while sums are in cache, where the route can."""
         assert self.exact, "the self-check found no exact INT8 product"
         left, right = a.planes[i], b.planes[j]
-        if contraction == "grad_weight" and (geometry is None or b.axis is not None):
+        geometry = geometry or _PRODUCT
+        scales = _scales(contraction, left, b, j, geometry)
+        if scales is None:
             sums = self.accumulate(contraction, left, right, geometry)
             return scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim()))
-        if geometry is None:
-            matrices = _matrices(contraction, left, right)
-            out = empty(matrices[0].shape[0], matrices[1].shape[1])
-            scales = Scales(left.scale, right.scale)
-            self._gemm.into(out, *matrices, left.zero_point, right.zero_point, scales)
-            return out
-        return self._convolutions.run(contraction, left, right, geometry, _scales(contraction, left, b, j, geometry))
+        return self._convolutions.run(contraction, left, right, geometry, scales)
 
     def _contract(
         self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
     ) -> Tensor:
         total = super()._contract(contraction, a, b, geometry, counts)
-        if geometry is not None and contraction not in counts.routes:
+        if contraction not in counts.routes:
             left, right = a.planes[0], b.planes[0]
-            by_both = contraction == "grad_weight" and b.axis is not None
-            scales = None if by_both else _scales(contraction, left, b, 0, geometry)
+            geometry = geometry or _PRODUCT
+            scales = _scales(contraction, left, b, 0, geometry)
             counts.routes[contraction] = self._convolutions.pick(contraction, left, right, geometry, scales).name
         return total
 
@@ -125,14 +120,10 @@ def make() -> OneDNN:
     return OneDNN(int_matmul.exact_matmul())
 
 
-def _scales(contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvGeometry) -> Scales:
+def _scales(contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvGeometry) -> Scales | None:
+    """The factors that a route applies; None where those of a grad_weight differ by column."""
     right = b.planes[j].scale
+    if contraction == "grad_weight" and b.axis is not None:
+        return None
     by_group = contraction == "grad_input" and b.axis is not None
     return Scales(left.scale, right.repeat(geometry.groups) if by_group else right)
-
-
-def _matrices(contraction: str, a: Plane, b: Plane) -> tuple[Tensor, Tensor]:
-    """The operands of a matrix product, turned so that its sum runs over columns of the left and rows of the right."""
-    if contraction == "output":
-        return a.data, b.data.t()
-    return (a.data, b.data) if contraction == "grad_input" else (a.data.t(), b.data)

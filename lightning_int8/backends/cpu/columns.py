@@ -53,7 +53,7 @@ class Columns:
             self._buffer = torch.empty(0, dtype=torch.int8)
 
     def chunks(self, channels: int, total_bytes: int = 0) -> Iterator[slice]:
-        """Slices of the batch whose rows with so many channels fit ``COLUMN_BYTES``.
+        """Slices of the batch whose rows with so many channels fit ``COLUMN_BYTES``; all of it without spatial axes.
 
         Args:
             channels: Channels of a row.
@@ -61,7 +61,7 @@ class Columns:
         """
         per_sample = self._correlation.positions * prod(self._correlation.taps) * channels
         allowed = max(COLUMN_BYTES * torch.get_num_threads(), total_bytes)
-        step = max(1, allowed // max(1, per_sample))
+        step = max(1, allowed // max(1, per_sample)) if self._correlation.size else self._samples
         for start in range(0, self._samples, step):
             yield slice(start, min(start + step, self._samples))
 
@@ -92,7 +92,7 @@ def window_tables(correlation: Correlation, shape: tuple[int, ...], first: int, 
     channels = shape[-1]
     taps = list(correlation.taps)
     run = stop - first
-    if run == channels and correlation.tap_step[-1] == 1:
+    if taps and run == channels and correlation.tap_step[-1] == 1:
         # Taps along the last axis lie side by side: one run.
         run *= taps[-1]
         taps[-1] = 1

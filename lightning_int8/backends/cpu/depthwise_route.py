@@ -16,9 +16,9 @@ from torch import Tensor
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.columns import padded
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets, output_correlation
+from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
 from lightning_int8.backends.cpu.gemm import RAW_LIMIT
 from lightning_int8.backends.cpu.passes import compiled_pass
-from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
@@ -36,7 +36,7 @@ class Depthwise(CorrelationRoute):
         """See ``Route.supports``."""
         out_channels = a.data.shape[-1] if contraction == "grad_weight" else b.data.shape[0]
         channels = b.data.shape[-1] * (1 if contraction == "grad_weight" else geometry.groups)
-        plain = a.zero_point is None and b.zero_point is None
+        plain = a.zero_point is None and b.zero_point is None and len(geometry.kernel_size) > 0
         return DEPTHWISE is not None and plain and channels == out_channels == geometry.groups
 
     def correlate(self, data: Plane, weight: Plane, correlation: Correlation, scales: Scales | None) -> Tensor:

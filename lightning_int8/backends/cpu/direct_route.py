@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lightning_int8.backends import im2col
 from lightning_int8.backends.cpu.correlation import Correlation, correlations, output_correlation
-from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
+from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX, Plane

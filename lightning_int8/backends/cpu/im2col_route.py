@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.columns import Columns
 from lightning_int8.backends.cpu.correlation import Correlation, output_correlation
-from lightning_int8.backends.cpu.gemm import RAW_LIMIT, Gemm
 from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
+from lightning_int8.backends.cpu.gemm import RAW_LIMIT, Gemm
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.backends.group_blocks import Block, blocks
 from lightning_int8.geometry import ConvGeometry

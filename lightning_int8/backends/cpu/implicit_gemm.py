@@ -18,21 +18,42 @@ from numba import types
 from numba.extending import intrinsic
 
 from lightning_int8.backends.cpu.compiler import at, compiled
-from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH, add_tile, is_available, write_scaled, write_tile
+from lightning_int8.backends.cpu.microkernel import (
+    LANES,
+    QUAD,
+    ROWS,
+    WIDTH,
+    add_tile,
+    write_scaled,
+    write_tile,
+)
 from lightning_int8.backends.cpu.vectors import FLOATS, INTS, constant, load_lanes, place_in, splat_of, store_lanes
-
-__all__ = ["LANES", "QUAD", "ROWS", "UNSIGNED", "WIDTH", "correlate", "grad_weight", "is_available"]
 
 UNSIGNED = np.uint8(128)
 """Added to signed bytes it makes unsigned ones; as bits it is the sign, so exclusive or does."""
 
-_ROWS_AT_ONCE = 8 * ROWS
 _BYTES_AT_ONCE = 64
 _BYTES = ir.VectorType(ir.IntType(8), _BYTES_AT_ONCE)
 
 
 @compiled
-def correlate(data, is_signed, samples, origins, targets, pieces, quads, panels, starts, scales, columns, first, last, out):
+def correlate(
+    data,
+    is_signed,
+    samples,
+    origins,
+    targets,
+    pieces,
+    quads,
+    panels,
+    starts,
+    scales,
+    columns,
+    at_once,
+    first,
+    last,
+    out,
+):
     """Sums over windows for some positions, written as they are (int32) or scaled (float32).
 
     Args:
@@ -47,19 +68,20 @@ def correlate(data, is_signed, samples, origins, targets, pieces, quads, panels,
         starts: int32: what the sums of each column begin with, whole vectors.
         scales: (left, right): float32, a number and one for each column, whole vectors.
         columns: Columns.
+        at_once: Positions that are multiplied with one panel before the next one; whole tiles.
+        out: flat.
         first: First (sample and) position.
         last: Behind the last one.
-        out: flat.
     """
-    rows, places = np.empty(_ROWS_AT_ONCE, np.int64), np.empty(_ROWS_AT_ONCE, np.int64)
+    rows, places = np.empty(at_once, np.int64), np.empty(at_once, np.int64)
     step = quads * QUAD
-    taken = np.empty(_ROWS_AT_ONCE * step if is_signed else 0, np.uint8)
+    taken = np.empty(at_once * step if is_signed else 0, np.uint8)
     source = taken if is_signed else data
     left, right = scales
     panel = pieces.size // 2 * step
     n, t = first // origins.size, first % origins.size
-    for m in range(first, last, _ROWS_AT_ONCE):
-        count = min(_ROWS_AT_ONCE, last - m)
+    for m in range(first, last, at_once):
+        count = min(at_once, last - m)
         for i in range(count):
             rows[i] = n * samples[0] + origins[t]
             places[i] = n * samples[1] + targets[t]
@@ -74,7 +96,9 @@ def correlate(data, is_signed, samples, origins, targets, pieces, quads, panels,
         for c in range(0, columns, WIDTH):
             width = min(WIDTH, columns - c)
             for i in range(0, count, ROWS):
-                write_tile(width, source, rows, i, pieces, quads, panels, c * panel, starts, c, left, right, out, places)
+                write_tile(
+                    width, source, rows, i, pieces, quads, panels, c * panel, starts, c, left, right, out, places
+                )
 
 
 @intrinsic
@@ -157,7 +181,16 @@ def _write_sums(
 
         brought = builder.mul(load(ones), constant(INTS, int(UNSIGNED)))
         total = builder.sub(builder.sub(load(s), brought), splat_of(builder, off, INTS))
-        write_scaled(context, builder, signature.args[7], total, [splat_of(builder, f, FLOATS) for f in (left, right)], out, o, room)
+        write_scaled(
+            context,
+            builder,
+            signature.args[7],
+            total,
+            [splat_of(builder, f, FLOATS) for f in (left, right)],
+            out,
+            o,
+            room,
+        )
         return context.get_dummy_value()
 
     n = types.int64

@@ -13,7 +13,7 @@ from typing import Any
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from lightning_int8.backends.cpu.vectors import FLOATS, INTS, LANES, operation, place_in, splat_of, store_lanes
@@ -33,7 +33,9 @@ _OFFSETS = types.Array(types.int64, 1, "C")
 
 
 def is_available() -> bool:
-    """Whether the CPU has the instruction."""
+    """Whether the CPU has the instruction, and numba compiles for this CPU and not for one that the user names."""
+    if getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None):
+        return False
     features = get_host_cpu_features()
     return features.get("avx512vnni", False) and features.get("avx512bw", False)
 
@@ -82,9 +84,7 @@ def _product(
     def load(base: Any, place: Any, kind: Any) -> Any:
         return builder.load(builder.bitcast(builder.gep(base, [place]), kind.as_pointer()), align=1)
 
-    values = [
-        load(own_columns, builder.add(right_place, _number(v * LANES * QUAD)), INTS) for v in range(vectors)
-    ]
+    values = [load(own_columns, builder.add(right_place, _number(v * LANES * QUAD)), INTS) for v in range(vectors)]
     added = []
     for r, window in enumerate(windows):
         quad_of_row = splat_of(builder, load(window, left_place, _INT32), INTS)
@@ -190,7 +190,8 @@ def write_tile(
             begins = [builder.load(pointer(2, rows, each(r), _INT64)) for r in range(ROWS)]
             row_pointers = [pointer(1, data, begin, ir.IntType(8)) for begin in begins]
             initial = [
-                builder.load(pointer(8, starts, builder.add(c, _number(v * LANES)), INTS), align=4) for v in range(vectors)
+                builder.load(pointer(8, starts, builder.add(c, _number(v * LANES)), INTS), align=4)
+                for v in range(vectors)
             ]
             sums = _product(
                 builder,
@@ -206,7 +207,8 @@ def write_tile(
             room = builder.sub(columns, _number((vectors - 1) * LANES))
             by_left = splat_of(builder, left, FLOATS)
             by_right = [
-                builder.load(pointer(11, right, builder.add(c, _number(v * LANES)), FLOATS), align=4) for v in range(vectors)
+                builder.load(pointer(11, right, builder.add(c, _number(v * LANES)), FLOATS), align=4)
+                for v in range(vectors)
             ]
             for r in range(ROWS):
                 own = builder.add(builder.load(pointer(13, places, each(r), _INT64)), c)
@@ -262,7 +264,7 @@ def add_tile(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vectors, data, row, left_step, pieces, first, last, quads, others, p, right_step, sums, s = arguments
+        vectors, _, row, left_step, _, first, last, quads, _, p, right_step, _, s = arguments
 
         def pointer(which: int, index: Any, kind: Any) -> Any:
             return place_in(context, builder, signature.args[which], arguments[which], index, kind)

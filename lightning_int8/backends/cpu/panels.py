@@ -71,29 +71,28 @@ def _quads_of_rows(sizes: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarr
     return grid_offsets((*sizes[:-1], sizes[-1] // QUAD), (*outer, last * QUAD)).numpy()
 
 
-def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int) -> tuple[np.ndarray, tuple[int, ...]]:
+def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, more: int) -> np.ndarray:
     """Four samples at a time: ``(N / 4, *padded, C, QUAD)`` of int8 ``(N, *spatial, C)``, as uint8, flat.
 
     Args:
         x: See above; contiguous.
         padding: (before, after) per spatial axis; negative where the data are cropped.
         fill: int8 value of the border. Samples that fill up the last four are 0, borders too.
+        more: Positions of zeros that follow.
 
     Returns:
-        The quads, behind which a whole vector can be read, and the padded sizes.
+        The quads, behind which a whole vector can be read.
     """
     samples, channels = x.shape[0], x.shape[-1]
-    spatial = x.shape[1:-1] if x.dim() > 2 else torch.Size([1])
-    pads = tuple(padding) or ((0, 0),)
-    sizes = tuple(n + lo + hi for n, (lo, hi) in zip(spatial, pads, strict=True))
-    fours = -(-samples // QUAD)
-    count = prod(sizes) * channels
-    out = empty((fours * count + LANES) * QUAD, dtype=torch.uint8).numpy()
+    spatial, pads = (tuple(x.shape[1:-1]), tuple(padding)) if x.dim() > 2 else ((1,), ((0, 0),))
+    fours, count = -(-samples // QUAD), channels * prod(n + lo + hi for n, (lo, hi) in zip(spatial, pads, strict=True))
+    out = empty((fours * count + more * channels + LANES) * QUAD, dtype=torch.uint8).numpy()
     quads = out.view(np.uint32)
+    quads[fours * count :] = 0
     present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
-    begins, places, kept, borders, lengths = _rows(tuple(spatial), pads, channels)
+    begins, places, kept, borders, lengths = _rows(spatial, pads, channels)
     distance = x[0].numel()
-    all_begins = (np.arange(fours)[:, None] * QUAD * distance + begins).reshape(-1)
+    all_begins = (np.arange(fours)[:, None] * (QUAD * distance) + begins).reshape(-1)
     all_places = (np.arange(fours)[:, None] * count + places).reshape(-1)
     all_present = np.repeat(present, len(begins))
     flat = x.reshape(-1).view(torch.uint8).numpy()
@@ -106,7 +105,7 @@ def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int) -> tupl
     if len(borders):
         values = (np.uint32(fill & 0xFF) * _ONES) & _PRESENT[present]
         _fill(borders, lengths, values, count, quads)
-    return out, sizes
+    return out
 
 
 @lru_cache(maxsize=1024)
@@ -134,7 +133,7 @@ def _rows(
     return begins, rows[inside] + first, last - first, borders, lengths
 
 
-def of_gradient(g: Tensor, first: int, count: int, channels: int) -> tuple[np.ndarray, int]:
+def of_gradient(g: Tensor, first: int, count: int, channels: int, more: int) -> tuple[np.ndarray, int]:
     """Four samples at a time, 128 more each: ``(N / 4, positions, part, height, QUAD)`` of int8 ``(N, *out, Co)``.
 
     Args:
@@ -142,6 +141,7 @@ def of_gradient(g: Tensor, first: int, count: int, channels: int) -> tuple[np.nd
         first: First channel.
         count: Number of channels.
         channels: Channels of a part; ones fill it up.
+        more: Positions of anything that follow.
 
     Returns:
         The quads, as uint8, flat, and the height of a part: whole tiles, with at least one row of ones.
@@ -149,7 +149,7 @@ def of_gradient(g: Tensor, first: int, count: int, channels: int) -> tuple[np.nd
     samples, row = g.shape[0], g.shape[-1]
     fours, positions, parts = -(-samples // QUAD), prod(g.shape[1:-1]), -(-count // channels)
     height = -(-(channels + 1) // ROWS) * ROWS
-    out = empty(fours * positions * parts * height * QUAD, dtype=torch.uint8).numpy()
+    out = empty((fours * positions + more) * parts * height * QUAD, dtype=torch.uint8).numpy()
     quads = out.view(np.uint32)
     flat = g.reshape(-1).view(torch.uint8).numpy()
     present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
@@ -174,7 +174,7 @@ def of_gradient(g: Tensor, first: int, count: int, channels: int) -> tuple[np.nd
 def _store_quads(
     typing_context: Any, data: Any, a: Any, b: Any, c: Any, d: Any, mask: Any, flip: Any, room: Any, out: Any, o: Any
 ) -> Any:
-    """``out[o + i]``: bytes i of the rows at a, b, c and d, masked and flipped; up to ``LANES``, no more than ``room``."""
+    """``out[o + i]``: bytes i of the rows at a, b, c and d, masked, then flipped; a vector, no more than ``room``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data, *begins, mask, flip, room, out, o = arguments

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import Correlation, transposed_weight
-from lightning_int8.backends.cpu.direct_route import Direct
 from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
+from lightning_int8.backends.cpu.direct_route import Direct
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane

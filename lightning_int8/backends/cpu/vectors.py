@@ -79,7 +79,9 @@ def _first_lanes(builder: Any, room: Any, count: int) -> Any:
     """A bit for each of ``count`` lanes that is below ``room``, which is less than their number."""
     bits = builder.sub(builder.shl(room.type(1), room), room.type(1))
     word = ir.IntType(count)
-    return builder.bitcast(bits if bits.type == word else builder.trunc(bits, word), ir.VectorType(ir.IntType(1), count))
+    return builder.bitcast(
+        bits if bits.type == word else builder.trunc(bits, word), ir.VectorType(ir.IntType(1), count)
+    )
 
 
 def _has_room(builder: Any, room: Any, count: int) -> Any:

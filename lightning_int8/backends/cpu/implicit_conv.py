@@ -1,0 +1,234 @@
+"""The contractions of a convolution by ``implicit_gemm``: packing, tables, and the work of each thread."""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_int8.backends.cpu import border, centre, implicit_gemm, panels
+from lightning_int8.backends.cpu.buffers import empty
+from lightning_int8.backends.cpu.columns import window_tables
+from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets
+from lightning_int8.backends.cpu.implicit_gemm import UNSIGNED
+from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH, is_available
+from lightning_int8.backends.cpu.route import Scales
+from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.group_blocks import Block, blocks
+from lightning_int8.numerics import Plane
+
+__all__ = ["correlate", "grad_weight", "is_available"]
+
+_compiled_correlate: Any = implicit_gemm.correlate
+
+_BLOCK_BYTES = 1 << 19  # what is multiplied, or added to, again and again: it stays in the second-level cache
+_FEWEST_ROWS, _MOST_ROWS = 8, 256  # tiles of positions that are multiplied with one panel before the next one
+_MOST_CHANNELS = 384  # rows of a grad_weight that share a panel
+_LONGEST_PIECE = 256  # positions, where pieces may be of any length
+_SMALLEST_PIECE = 1 << 20  # products that are worth a thread
+
+
+# --- Output and grad_input -------------------------------------------------------------------------------------------
+
+
+def correlate(
+    data: Tensor,
+    zero: Tensor | None,
+    weight: Tensor,
+    correlation: Correlation,
+    scales: Scales | None,
+    targets: np.ndarray,
+    result: Tensor,
+) -> None:
+    """Write the windowed sums of one correlation, scaled if there are scales.
+
+    Args:
+        data: int8 ``(N, *spatial, C)``, contiguous.
+        zero: Its zero point ``()``, or None.
+        weight: int8 ``(Co, *taps, C / groups)``, any strides.
+        correlation: The windows.
+        scales: See ``Scales``.
+        targets: int64: where each position of a sample belongs in one of ``result``.
+        result: float32 with ``scales``, else int32; contiguous, its last axis is Co.
+    """
+    batch, channels = data.shape[0], data.shape[-1]
+    fill = 0 if zero is None else int(zero)
+    of_one_piece = all(n == 1 for n in correlation.taps) and channels % QUAD == 0
+    is_signed = of_one_piece and all(p == (0, 0) for p in correlation.padding)
+    source = data
+    if not is_signed:
+        with_axis, padding = (data, correlation.padding) if correlation.size else (data[:, None], ((0, 0),))
+        source = border.pad(with_axis, padding, fill, True, QUAD)
+    flat = source.as_strided((source.numel() + (0 if is_signed else QUAD),), (1,)).view(torch.uint8).numpy()
+    samples, out = (source.stride(0), result.stride(0)), result.view(-1).numpy()
+    for block in blocks(correlation.groups, channels, len(weight)):
+        inputs, own = block.inputs, block.weight(Plane(weight, torch.ones(())))
+        shape = tuple(source.shape[1:]) if correlation.size else (channels,)
+        origins, runs, run = window_tables(correlation, shape, inputs.start, inputs.stop)
+        if is_signed:
+            origins, runs = origins + runs, runs - runs
+        packed = panels.of_weight(own, len(runs), run)
+        quads = -(-run // QUAD)
+        pieces = _pieces(runs, np.arange(len(runs)) * quads * QUAD * WIDTH)
+        starts = _column_sums(packed, len(runs), quads, len(own)) * -(int(UNSIGNED) + fill)
+        factors = _factors(scales, block, len(starts))
+        windows = (origins, targets + block.outputs.start)
+        # A weight that fits the cache is read as often as one likes, a larger one for as many positions as fit it.
+        tiles = _FEWEST_ROWS
+        if packed.nbytes > _BLOCK_BYTES // 2:
+            tiles = _BLOCK_BYTES * batch * len(origins) // (source.numel() * ROWS)
+            tiles = max(_FEWEST_ROWS, min(tiles, _MOST_ROWS))
+        operands = (flat, is_signed, samples, *windows, pieces, quads, packed, starts, factors)
+        work = partial(_compiled_correlate, *operands, len(own), tiles * ROWS, out)
+        split(work, batch * len(origins), -(-_SMALLEST_PIECE // own.numel()))
+
+
+def _pieces(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    return np.stack((left, right), axis=-1).reshape(-1)
+
+
+def _column_sums(packed: np.ndarray, count: int, quads: int, columns: int) -> np.ndarray:
+    """Sums of the columns of a packed weight, int32, whole vectors: a product with a row of ones."""
+    whole = -(-columns // LANES) * LANES
+    length = quads * QUAD
+    pieces = _pieces(np.zeros(count, np.int64), np.arange(count) * length * WIDTH)
+    origin, nothing, unused = np.zeros(1, np.int64), np.zeros(whole, np.int32), np.zeros(0, np.float32)
+    sums = np.empty(whole, np.int32)
+    operands = np.ones(length, np.uint8), False, (0, 0), origin, origin, pieces, quads, packed, nothing
+    _compiled_correlate(*operands, (np.float32(1), unused), whole, ROWS, sums, 0, 1)
+    return sums
+
+
+def _factors(scales: Scales | None, block: Block, columns: int) -> tuple[np.float32, np.ndarray]:
+    """Scales as ``correlate`` reads them."""
+    right = np.zeros(columns, np.float32)
+    if scales is None:
+        return np.float32(1), right
+    right[: block.out_count] = block.out(scales.right).numpy()
+    return np.float32(scales.left.item()), right
+
+
+# --- grad_weight -----------------------------------------------------------------------------------------------------
+
+
+def grad_weight(g: Tensor, x: Tensor, zero: Tensor | None, correlation: Correlation, scales: Scales | None) -> Tensor:
+    """The sums ``(Co, taps · C / groups)``, scaled if there are scales.
+
+    Args:
+        g: int8 ``(N, *size, Co)``, contiguous.
+        x: int8 ``(N, *spatial, C)``, contiguous.
+        zero: Zero point of x ``()``, or None.
+        correlation: The windows of x that g is about.
+        scales: See ``Scales``.
+
+    Returns:
+        float32 with ``scales``, else int32.
+    """
+    channels, out_channels = x.shape[-1], g.shape[-1]
+    shape = (*(n + lo + hi for n, (lo, hi) in zip(x.shape[1:-1], correlation.padding, strict=True)), channels)
+    positions = _positions(correlation, shape, -(-len(g) // QUAD))
+    padded = panels.of_samples(x, correlation.padding, 0 if zero is None else int(zero), positions.more)
+    results = []
+    for block in blocks(correlation.groups, channels, out_channels):
+        table = _panel_table(correlation, shape, block.inputs.start, block.inputs.stop)
+        dtype = torch.int32 if scales is None else torch.float32
+        result = empty(block.out_count, int(table[:, 1].sum()), dtype=dtype)
+        taken_off = np.zeros(block.out_count, np.int32)
+        if zero is not None:
+            taken_off = (centre.row_sums(g.flatten(0, -2)[:, block.outputs].t()) * zero).to(torch.int32).numpy()
+        factors: Any = (np.float32(1), np.float32(1))
+        if scales is not None:
+            left = block.out(scales.left)
+            factors = (
+                np.float32(left.item()) if left.dim() == 0 else left.contiguous().numpy(),
+                np.float32(scales.right.item()),
+            )
+        _sum_over_positions(g, padded, block, positions, table, factors, taken_off, result.view(-1).numpy())
+        results.append(block.diagonal(result))
+    return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _sum_over_positions(
+    g: Tensor,
+    padded: np.ndarray,
+    block: Block,
+    positions: _Positions,
+    table: np.ndarray,
+    factors: Any,
+    taken_off: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Write ``(channels of g, columns of the panels)``, flat."""
+    threads = torch.get_num_threads()
+    # As many parts of the channels as it takes to give every thread panels of its own, and to stay in cache.
+    wanted = max(-(-threads // len(table)), -(-block.out_count // _MOST_CHANNELS))
+    channels = -(-block.out_count // min(wanted, block.out_count))
+    parts = -(-block.out_count // channels)
+    left, height = panels.of_gradient(g, block.outputs.start, block.out_count, channels, positions.more)
+    left_step = parts * height * QUAD
+    pieces = _pieces(positions.first * left_step, positions.windows)
+    at_once = max(1, _BLOCK_BYTES // (positions.length * (height * QUAD + positions.step)))
+    group = max(1, min(-(-len(table) * parts // threads), _BLOCK_BYTES // (height * WIDTH * out.itemsize)))
+    groups = -(-len(table) // group)
+
+    def work(first: int, last: int) -> None:
+        sums = np.empty(group * height * WIDTH, np.int32)
+        for unit in range(first, last):
+            part, own_panels = unit // groups, table[unit % groups * group :][:group]
+            channel = part * channels
+            own_channels = (min(channels, block.out_count - channel), channel, height)
+            operands = (left, part * height * QUAD, left_step), (padded, positions.step)
+            rest = (own_panels, own_channels, factors, taken_off, sums, out)
+            implicit_gemm.grad_weight(*operands, pieces, positions.length, at_once, *rest)
+
+    split(work, groups * parts, -(-_SMALLEST_PIECE // (g.numel() * WIDTH * group)))
+
+
+@lru_cache(maxsize=1024)
+def _panel_table(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int) -> np.ndarray:
+    """Where each panel begins in quads of samples ``shape``, its columns, and where they belong in a row."""
+    _, runs, run = window_tables(correlation, shape, first, stop)
+    columns = np.arange(0, run, WIDTH)
+    begins = (runs[:, None] + columns).reshape(-1) * QUAD
+    places = (np.arange(len(runs))[:, None] * run + columns).reshape(-1)
+    return np.stack((begins, np.tile(np.minimum(run - columns, WIDTH), len(runs)), places), axis=1)
+
+
+class _Positions(NamedTuple):
+    """Positions of four samples at a time, as pieces of equally distant ones.
+
+    Attributes:
+        first: int64, the number of the first position of each piece.
+        windows: int64, where its window begins, in bytes of the quads of the padded samples.
+        length: Positions of a piece.
+        step: Distance of their windows in bytes.
+        more: Positions beyond the last ones that the pieces reach.
+    """
+
+    first: np.ndarray
+    windows: np.ndarray
+    length: int
+    step: int
+    more: int
+
+
+@lru_cache(maxsize=1024)
+def _positions(correlation: Correlation, shape: tuple[int, ...], fours: int) -> _Positions:
+    """Positions of ``fours`` times four samples that are padded to ``shape``."""
+    strides = [prod(shape[axis + 1 :]) * QUAD for axis in range(len(shape) - 1)]
+    if correlation.is_pointwise:
+        # All windows lie side by side: pieces of any length.
+        total = fours * correlation.positions
+        pieces = -(-total // _LONGEST_PIECE)
+        length, step = -(-total // pieces), shape[-1] * QUAD
+        first = np.arange(pieces) * length
+        return _Positions(first, first * step, length, step, pieces * length - total)
+    *outer, length = correlation.size
+    *outer_steps, step = [s * n for s, n in zip(strides, correlation.step, strict=True)]
+    windows = grid_offsets(outer, outer_steps).numpy()
+    samples = np.arange(fours)[:, None] * (prod(shape) * QUAD)
+    return _Positions(np.arange(fours * len(windows)) * length, (samples + windows).reshape(-1), length, step, 0)

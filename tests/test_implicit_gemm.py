@@ -1,0 +1,236 @@
+"""Our own INT8 product on the CPU: what it packs, what it sums, and the threads that it runs on."""
+
+import os
+import subprocess
+import sys
+import threading
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_int8.backends import int_matmul, onednn
+from lightning_int8.backends.cpu import implicit_route, threads
+from lightning_int8.backends.cpu.gemm import Gemm
+from lightning_int8.backends.cpu.im2col_route import Im2col
+from lightning_int8.backends.cpu.passes import compiled_pass
+from lightning_int8.backends.cpu.route import Scales
+from lightning_int8.geometry import ConvGeometry
+from lightning_int8.numerics import Plane
+
+panels = compiled_pass("panels")
+
+pytestmark = pytest.mark.skipif(not implicit_route.is_exact(), reason="needs AVX512-VNNI and numba")
+
+examples = settings(deadline=None, max_examples=60)
+
+
+def bytes_of(shape, seed=0):
+    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+# --- What is packed --------------------------------------------------------------------------------------------------
+
+
+@examples
+@given(st.integers(1, 130), st.integers(1, 3), st.integers(1, 3), st.integers(1, 20), st.booleans())
+def test_panels_hold_every_weight_where_the_product_reads_it(columns, rows, taps, channels, turned):
+    weight = (
+        bytes_of((channels, rows, taps, columns)).transpose(0, -1)
+        if turned
+        else bytes_of((columns, rows, taps, channels))
+    )
+    run = taps * channels
+    packed = panels.of_weight(weight, rows, run)
+    quads = -(-run // 4)
+    by_column = (
+        packed.view(np.int8).reshape(-1, rows, quads, 64, 4).transpose(0, 3, 1, 2, 4).reshape(-1, rows, quads * 4)
+    )
+    assert (by_column[:columns, :, :run] == weight.reshape(columns, rows, run).numpy()).all()
+    assert not by_column[columns:].any()
+    assert not by_column[:, :, run:].any()
+
+
+@examples
+@given(
+    st.integers(1, 9),
+    st.lists(st.tuples(st.integers(1, 7), st.integers(-1, 2), st.integers(-1, 2)), min_size=1, max_size=3),
+    st.integers(1, 20),
+    st.integers(-127, 127),
+    st.integers(0, 3),
+)
+def test_samples_are_padded_and_lie_four_by_four(samples, axes, channels, fill, more):
+    axes = [(n, lo, hi) for n, lo, hi in axes if n + lo + hi > 0 and n + min(lo, 0) + min(hi, 0) > 0] or [(3, 1, 0)]
+    x = bytes_of((samples, *(n for n, _, _ in axes), channels))
+    packed = panels.of_samples(x, [(lo, hi) for _, lo, hi in axes], fill, more)
+    pads = [n for _, lo, hi in reversed(axes) for n in (lo, hi)]
+    padded = torch.nn.functional.pad(x, (0, 0, *pads), value=fill)
+    count = prod(padded.shape[1:])
+    fours = -(-samples // 4)
+    quads = packed.view(np.int8).reshape(-1, 4)
+    by_sample = quads[: fours * count].reshape(fours, count, 4).transpose(0, 2, 1).reshape(-1, count)
+    assert (by_sample[:samples] == padded.reshape(samples, -1).numpy()).all()
+    assert not by_sample[samples:].any()
+    assert not quads[fours * count : fours * count + more * channels].any()
+
+
+@examples
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 40), st.data())
+def test_gradients_are_unsigned_and_ones_lie_behind_each_part(samples, positions, row, data):
+    first = data.draw(st.integers(0, row - 1))
+    count = data.draw(st.integers(1, row - first))
+    channels = data.draw(st.integers(1, count))
+    g = bytes_of((samples, positions, row))
+    packed, height = panels.of_gradient(g, first, count, channels, 0)
+    parts, fours = -(-count // channels), -(-samples // 4)
+    assert height % 6 == 0
+    assert height > channels
+    quads = packed.reshape(fours, positions, parts, height, 4)
+    for part in range(parts):
+        own = g[..., first + part * channels : first + min((part + 1) * channels, count)]
+        width = own.shape[-1]
+        got = quads[:, :, part, :width].transpose(0, 3, 1, 2).reshape(-1, positions, width)[:samples]
+        assert (got.astype(int) == own.numpy().astype(int) + 128).all()
+        assert (quads[:, :, part, width:] == 1).all()
+
+
+# --- What is summed --------------------------------------------------------------------------------------------------
+
+
+LARGE = {
+    "blocks of positions, a weight beyond the cache": ((3, 20, 20, 96), 384, 3, 1),
+    "parts of channels, groups of panels": ((5, 9, 9, 130), 800, 3, 1),
+    "positions of strided windows": ((4, 31, 30, 64), 65, 3, 2),
+    "pieces of a product, the last one longer": ((1400, 96), 70, 1, 1),
+    "pointwise": ((9, 17, 13, 68), 129, 1, 1),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_large_problems_are_exact(case):
+    (batch, *size, channels), out_channels, taps, stride = LARGE[case]
+    dims = len(size)
+    geometry = ConvGeometry(
+        input_size=tuple(size),
+        kernel_size=(taps,) * dims,
+        stride=(stride,) * dims,
+        padding=((taps // 2, taps // 2),) * dims,
+        dilation=(1,) * dims,
+        groups=1,
+    )
+    one = torch.ones(())
+    x = Plane(bytes_of((batch, *size, channels)), one, torch.tensor(-77, dtype=torch.int32))
+    w = Plane(bytes_of((out_channels, *geometry.kernel_size, channels), 1), one)
+    g = Plane(bytes_of((batch, *geometry.output_size, out_channels), 2), one)
+    trusted, own = Im2col(Gemm(int_matmul.exact_matmul())), implicit_route.Implicit()
+    left, right = torch.linspace(0.1, 0.9, out_channels), torch.tensor(0.37)
+    for contraction, a, b, scales in (
+        ("output", x, w, Scales(right, left)),
+        ("grad_input", g, w, Scales(right, right)),
+        ("grad_weight", g, x, Scales(left, right)),
+    ):
+        for own_scales in (None, scales):
+            expected = trusted.run(contraction, a, b, geometry, own_scales)
+            assert torch.equal(own.run(contraction, a, b, geometry, own_scales), expected), contraction
+
+
+def test_sums_beyond_int32_are_split(monkeypatch):
+    monkeypatch.setattr(implicit_route, "RAW_LIMIT", 40)
+    geometry = ConvGeometry(
+        input_size=(4, 5), kernel_size=(2, 2), stride=(1, 1), padding=((0, 0),) * 2, dilation=(1, 1), groups=1
+    )
+    one = torch.ones(())
+    g, x = Plane(bytes_of((11, 3, 4, 5)), one), Plane(bytes_of((11, 4, 5, 3), 1), one)
+    sums = implicit_route.Implicit().run("grad_weight", g, x, geometry)
+    assert sums.dtype == torch.int64
+    assert torch.equal(sums, Im2col(Gemm(int_matmul.exact_matmul())).run("grad_weight", g, x, geometry).long())
+    scales = Scales(torch.rand(5), torch.tensor(0.3))
+    scaled = implicit_route.Implicit().run("grad_weight", g, x, geometry, scales)
+    assert torch.equal(scaled, sums.float() * scales.left.view(-1, 1, 1, 1) * scales.right)
+
+
+@pytest.mark.slow
+def test_a_cpu_that_the_user_names_gets_no_instructions_of_this_one():
+    code = "from lightning_int8.backends.cpu import implicit_route; print(implicit_route.is_exact())"
+    env = os.environ | {"NUMBA_CPU_NAME": "haswell"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_operators_have_fakes():
+    g, x, w = bytes_of((2, 3, 3, 6)), bytes_of((2, 3, 3, 5)), bytes_of((6, 3, 3, 5))
+    numbers = ([3, 3], [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)
+    for name, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
+        operator = getattr(torch.ops.lightning_int8, f"implicit_conv_{name}")
+        for scales in ((None, None), (torch.tensor(0.3), torch.tensor(0.2))):
+            torch.library.opcheck(
+                operator, (a, b, *numbers, None, *scales), test_utils=("test_schema", "test_faketensor")
+            )
+
+
+# --- Threads ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["of the runtime", "of our own"])
+def kind_of_threads(request, four_threads, monkeypatch):
+    if request.param == "of our own":
+        monkeypatch.setattr(threads, "_openmp", lambda: None)
+    elif threads._openmp() is None:
+        pytest.skip("torch has no OpenMP runtime here")
+    return request.param
+
+
+def test_pieces_cover_the_range_once_and_in_order(kind_of_threads):
+    for count in (1, 3, 4, 5, 1000):
+        assert [n for piece in threads.split(lambda a, b: list(range(a, b)), count, 1) for n in piece] == list(
+            range(count)
+        )
+
+
+def test_pieces_run_on_several_threads_at_once(kind_of_threads):
+    together = threading.Barrier(4, timeout=30)
+    seen = threads.split(lambda a, b: (together.wait(), threading.get_ident())[1], 4, 1)
+    assert len(set(seen)) == 4
+
+
+def test_an_error_in_a_piece_is_raised(kind_of_threads):
+    def work(start, stop):
+        if start > 0:
+            raise ValueError(f"piece {start}")
+        return start
+
+    with pytest.raises(ValueError, match=r"piece [1-3]"):
+        threads.split(work, 4, 1)
+    assert threads.split(lambda a, b: b - a, 8, 1) == [2, 2, 2, 2]
+
+
+def test_a_team_smaller_than_asked_for_does_all_the_work(four_threads):
+    if threads._openmp() is None:
+        pytest.skip("torch has no OpenMP runtime here")
+    # Inside a parallel region a team is one thread.
+    inner = threads.split(lambda a, b: threads.split(lambda c, d: list(range(c, d)), 8, 1), 4, 1)
+    assert inner == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 4
+
+
+def test_results_do_not_depend_on_threads(four_threads):
+    backend = onednn.OneDNN(int_matmul.exact_matmul(), only="implicit")
+    geometry = ConvGeometry(
+        input_size=(40, 40), kernel_size=(3, 3), stride=(1, 1), padding=((1, 1),) * 2, dilation=(1, 1), groups=1
+    )
+    one = torch.ones(())
+    x, w, g = (Plane(bytes_of(s, n), one) for n, s in enumerate([(5, 40, 40, 70), (66, 3, 3, 70), (5, 40, 40, 66)]))
+    cases = [("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)]
+    parallel = [backend.accumulate(*case, geometry) for case in cases]
+    torch.set_num_threads(1)
+    assert all(torch.equal(y, backend.accumulate(*case, geometry)) for y, case in zip(parallel, cases, strict=True))
