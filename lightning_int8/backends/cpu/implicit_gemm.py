@@ -50,9 +50,9 @@ def correlate(
     scales,
     columns,
     at_once,
+    out,
     first,
     last,
-    out,
 ):
     """Sums over windows for some positions, written as they are (int32) or scaled (float32).
 
