@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -44,23 +44,31 @@ def of_weight(weight: Tensor, runs: int, run: int) -> np.ndarray:
     quads = -(-run // QUAD)
     words = runs * quads
     is_whole = columns % WIDTH == 0 and run % QUAD == 0
-    out = empty(-(-columns // WIDTH) * WIDTH * words * QUAD, dtype=torch.uint8).numpy()
+    count = -(-columns // WIDTH)
+    out = empty(count * WIDTH * words * QUAD, dtype=torch.uint8).numpy()
     if not is_whole:
         out.fill(0)
+    by_panel = out.view(np.uint32).reshape(count, -1)
     if weight.stride(0) == 1 and channels % QUAD == 0:
-        begins = _quads_of_rows(tuple(weight.shape[1:]), tuple(weight.stride()[1:]))
+        begins, places = _quads_of_rows(tuple(weight.shape[1:]), tuple(weight.stride()[1:])), np.arange(words) * WIDTH
         extent = 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
         flat = weight.as_strided((extent,), (1,)).view(torch.uint8).numpy()
-        present, places = np.full(words, QUAD), np.arange(words) * WIDTH
-        for c in range(0, columns, WIDTH):
-            panel = out[c * words * QUAD : (c + WIDTH) * words * QUAD].view(np.uint32)
-            rest = (weight.stride(-1), present, _NO_FLIP, min(WIDTH, columns - c), panel, places, 0)
-            _interleave(flat, begins + c, *rest)
-        return out
-    rows = weight.reshape(columns, runs, run)
-    if run % QUAD:
-        rows = torch.nn.functional.pad(rows, (0, -run % QUAD))
-    _transpose_words(rows.contiguous().view(columns, -1).view(torch.uint8).numpy().view(np.uint32), out.view(np.uint32))
+
+        def work(first: int, last: int) -> None:
+            for p in range(first, last):
+                rest = (_NO_FLIP, min(WIDTH, columns - p * WIDTH), by_panel[p], places, 0, 0)
+                _interleave(flat[p * WIDTH :], begins, weight.stride(-1), QUAD, *rest, 0, words)
+
+    else:
+        rows = weight.reshape(columns, runs, run)
+        if run % QUAD:
+            rows = torch.nn.functional.pad(rows, (0, -run % QUAD))
+        as_words = rows.contiguous().view(columns, -1).view(torch.uint8).numpy().view(np.uint32)
+
+        def work(first: int, last: int) -> None:
+            _transpose_words(as_words[first * WIDTH : last * WIDTH], by_panel[first:last].reshape(-1))
+
+    split(work, count, -(-_SMALLEST_PIECE // (words * WIDTH)))
     return out
 
 
@@ -89,20 +97,12 @@ def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, more: i
     out = empty((fours * count + more * channels + LANES) * QUAD, dtype=torch.uint8).numpy()
     quads = out.view(np.uint32)
     quads[fours * count :] = 0
-    present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
     begins, places, kept, borders, lengths = _rows(spatial, pads, channels)
-    distance = x[0].numel()
-    all_begins = (np.arange(fours)[:, None] * (QUAD * distance) + begins).reshape(-1)
-    all_places = (np.arange(fours)[:, None] * count + places).reshape(-1)
-    all_present = np.repeat(present, len(begins))
     flat = x.reshape(-1).view(torch.uint8).numpy()
-
-    def work(first: int, last: int) -> None:
-        own = slice(first, last)
-        _interleave(flat, all_begins[own], distance, all_present[own], _NO_FLIP, kept, quads, all_places[own], 0)
-
-    split(work, len(all_begins), -(-_SMALLEST_PIECE // max(1, kept)))
+    work = partial(_interleave, flat, begins, x[0].numel(), samples, _NO_FLIP, kept, quads, places, count, 0)
+    split(work, fours * len(begins), -(-_SMALLEST_PIECE // max(1, kept)))
     if len(borders):
+        present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
         values = (np.uint32(fill & 0xFF) * _ONES) & _PRESENT[present]
         _fill(borders, lengths, values, count, quads)
     return out
@@ -152,21 +152,13 @@ def of_gradient(g: Tensor, first: int, count: int, channels: int, more: int) -> 
     out = empty((fours * positions + more) * parts * height * QUAD, dtype=torch.uint8).numpy()
     quads = out.view(np.uint32)
     flat = g.reshape(-1).view(torch.uint8).numpy()
-    present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
-    of_position = np.arange(fours * positions)
-    begins = of_position // positions * (QUAD * positions * row) + of_position % positions * row + first
-    all_present = np.repeat(present, positions)
+    begins, places = np.arange(positions) * row, np.arange(positions) * (parts * height)
+    step = positions * parts * height
     for part in range(parts):
-        own_channels = min(channels, count - part * channels)
-        own_begins, places = begins + part * channels, (of_position * parts + part) * height
-
-        def work(start: int, stop: int, own: Any = (own_begins, places, own_channels)) -> None:
-            piece = slice(start, stop)
-            at, to = own[0][piece], own[1][piece]
-            rest = (_FLIP, own[2], quads, to, height - own[2])
-            _interleave(flat, at, positions * row, all_present[piece], *rest)
-
-        split(work, len(begins), -(-_SMALLEST_PIECE // channels))
+        own = min(channels, count - part * channels)
+        data, target = flat[first + part * channels :], quads[part * height :]
+        rest = (positions * row, samples, _FLIP, own, target, places, step, height - own)
+        split(partial(_interleave, data, begins, *rest), fours * positions, -(-_SMALLEST_PIECE // channels))
     return out, height
 
 
@@ -194,26 +186,31 @@ def _store_quads(
 
 
 @compiled
-def _interleave(data, begins, stride, present, flip, count, out, places, filled):
-    """Quads of four rows each, ``data[begins[i] + k * stride:][:count]`` for k < 4, to ``out[places[i]:]``.
+def _interleave(data, begins, stride, samples, flip, count, out, places, step, filled, first, last):
+    """Rows of four samples at a time as quads.
 
     Args:
         data: uint8, flat.
-        begins: int64.
-        stride: Distance of the rows of a quad.
-        present: How many of a quad's rows there are, per quad; 0 stands for the others.
+        begins: int64: where the rows of a sample begin.
+        stride: Distance of samples.
+        samples: Samples; 0 stands for those that are missing in the last four.
         flip: What bits to turn, uint32.
-        count: Quads.
+        count: Length of a row.
         out: uint32, flat: a quad each.
-        places: int64.
-        filled: Quads of ones that follow.
+        places: int64: where the rows of four samples belong.
+        step: Distance of fours in ``out``.
+        filled: Quads of ones that follow each row.
+        first: First (four and) row.
+        last: Behind the last one.
     """
-    for i in range(begins.size):
-        mask = _PRESENT[present[i]]
-        a, o = begins[i], places[i]
-        b = a + stride if present[i] > 1 else a
-        c = b + stride if present[i] > 2 else a
-        d = c + stride if present[i] > 3 else a
+    for i in range(first, last):
+        n, r = i // begins.size, i % begins.size
+        present = min(samples - n * QUAD, QUAD)
+        mask = _PRESENT[present]
+        a, o = n * QUAD * stride + begins[r], n * step + places[r]
+        b = a + stride if present > 1 else a
+        c = b + stride if present > 2 else a
+        d = c + stride if present > 3 else a
         for k in range(0, count, LANES):
             _store_quads(data, a + k, b + k, c + k, d + k, mask, flip, count - k, out, o + k)
         for k in range(count, count + filled):
