@@ -14,8 +14,5 @@ def tile(values: Tensor, length: int) -> np.ndarray:
         length: A multiple of C.
     """
     channels = values.shape[-1]
-    shape = values.shape[:-1]
-    # A tenth of the time of `np.tile`.
-    tiled = np.empty((*shape, length // channels, channels), values.numpy().dtype)
-    tiled[:] = values.unsqueeze(-2).numpy()
-    return tiled.reshape(*shape, length)
+    # `Tensor.repeat` takes twice as long.
+    return np.tile(values.numpy(), length // channels)
