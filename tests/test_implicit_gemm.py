@@ -137,6 +137,25 @@ def test_large_problems_are_exact(case):
             assert torch.equal(own.run(contraction, a, b, geometry, own_scales), expected), contraction
 
 
+@pytest.mark.parametrize("axes", [0, 2])
+def test_an_empty_batch_has_empty_results(axes):
+    geometry = ConvGeometry(
+        input_size=(4,) * axes,
+        kernel_size=(1,) * axes,
+        stride=(1,) * axes,
+        padding=((0, 0),) * axes,
+        dilation=(1,) * axes,
+        groups=1,
+    )
+    one = torch.ones(())
+    shapes = (0, *geometry.input_size, 3), (5, *geometry.kernel_size, 3), (0, *geometry.input_size, 5)
+    x, w, g = (Plane(bytes_of(shape), one) for shape in shapes)
+    run = implicit_route.Implicit().run
+    assert run("output", x, w, geometry).shape == g.data.shape
+    assert run("grad_input", g, w, geometry).shape == x.data.shape
+    assert torch.equal(run("grad_weight", g, x, geometry), torch.zeros(w.data.shape, dtype=torch.int32))
+
+
 def test_sums_beyond_int32_are_split(monkeypatch):
     monkeypatch.setattr(implicit_route, "RAW_LIMIT", 40)
     geometry = ConvGeometry(

@@ -33,7 +33,7 @@ def pad(data: Tensor, padding: Sequence[tuple[int, int]], fill: int, unsigned: b
     dtype = torch.uint8 if unsigned else torch.int8
     out = empty(count + slack, dtype=dtype)[:count].view(samples, *sizes, channels)
     sources = source_rows(tuple(spatial[:-1]), tuple(padding[:-1]))
-    source = data.view(torch.uint8).view(samples, -1, spatial[-1] * channels).numpy()
+    source = data.view(torch.uint8).view(samples, prod(spatial[:-1]), spatial[-1] * channels).numpy()
     target = out.view(torch.uint8).view(samples, len(sources), sizes[-1] * channels).numpy()
     flip = np.uint8(128 if unsigned else 0)
     shift = padding[-1][0] * channels

@@ -57,8 +57,9 @@ def correlate(
     """
     batch, channels = data.shape[0], data.shape[-1]
     fill = 0 if zero is None else int(zero)
-    of_one_piece = all(n == 1 for n in correlation.taps) and channels % QUAD == 0
-    is_signed = of_one_piece and all(p == (0, 0) for p in correlation.padding)
+    # Windows of one tap and whole quads are copied and made unsigned a few at a time; others are read where they lie.
+    is_single = all(n == 1 for n in correlation.taps) and channels // correlation.groups % QUAD == 0
+    is_signed = is_single and all(p == (0, 0) for p in correlation.padding)
     source = data
     if not is_signed:
         with_axis, padding = (data, correlation.padding) if correlation.size else (data[:, None], ((0, 0),))
@@ -185,7 +186,7 @@ def _sum_over_positions(
             rest = (own_panels, own_channels, factors, taken_off, sums, out)
             implicit_gemm.grad_weight(*operands, pieces, positions.length, at_once, *rest)
 
-    split(work, groups * parts, -(-_SMALLEST_PIECE // (g.numel() * WIDTH * group)))
+    split(work, groups * parts, -(-_SMALLEST_PIECE // max(1, g.numel() * WIDTH * group)))
 
 
 @lru_cache(maxsize=1024)
@@ -223,8 +224,8 @@ def _positions(correlation: Correlation, shape: tuple[int, ...], fours: int) -> 
     if correlation.is_pointwise:
         # All windows lie side by side: pieces of any length.
         total = fours * correlation.positions
-        pieces = -(-total // _LONGEST_PIECE)
-        length, step = -(-total // pieces), shape[-1] * QUAD
+        pieces = max(1, -(-total // _LONGEST_PIECE))
+        length, step = max(1, -(-total // pieces)), shape[-1] * QUAD
         first = np.arange(pieces) * length
         return _Positions(first, first * step, length, step, pieces * length - total)
     *outer, length = correlation.size

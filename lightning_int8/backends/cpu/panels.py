@@ -99,7 +99,7 @@ def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, more: i
     quads[fours * count :] = 0
     begins, places, kept, borders, lengths = _rows(spatial, pads, channels)
     flat = x.reshape(-1).view(torch.uint8).numpy()
-    work = partial(_interleave, flat, begins, x[0].numel(), samples, _NO_FLIP, kept, quads, places, count, 0)
+    work = partial(_interleave, flat, begins, prod(x.shape[1:]), samples, _NO_FLIP, kept, quads, places, count, 0)
     split(work, fours * len(begins), -(-_SMALLEST_PIECE // max(1, kept)))
     if len(borders):
         present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
