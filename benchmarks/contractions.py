@@ -161,7 +161,7 @@ def int8_ways(layer: Layer, contraction: str) -> dict[str, Callable[[], Tensor]]
     a, b = {"output": (x, w), "grad_input": (g, w), "grad_weight": (g, x)}[contraction]
     scales = None if contraction == "grad_weight" else Scales(torch.tensor(0.37), torch.tensor(0.73))
     backend = OneDNN(int_matmul.exact_matmul())
-    routes = [r for r in backend.convolution_routes if r.supports(contraction, a, b, geometry, scales is not None)]
+    routes = [r for r in backend.routes if r.supports(contraction, a, b, geometry, scales is not None)]
     expected = backends.load("reference").accumulate(contraction, a, b, geometry)
     if scales is not None:
         expected = expected.to(torch.float32) * scales.left * scales.right

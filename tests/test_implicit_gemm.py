@@ -242,6 +242,14 @@ def test_a_team_smaller_than_asked_for_does_all_the_work(four_threads):
     assert inner == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 4
 
 
+def test_a_forked_process_has_threads_too(four_threads):
+    threads.split(lambda a, b: b - a, 8, 1)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if threads.split(lambda a, b: b - a, 8, 1) == [2, 2, 2, 2] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_results_do_not_depend_on_threads(four_threads):
     backend = onednn.OneDNN(int_matmul.exact_matmul(), only="implicit")
     geometry = ConvGeometry(

@@ -140,7 +140,7 @@ def take_route(name, monkeypatch):
     if name == "implicit" and not implicit_route.is_exact():
         pytest.skip("this CPU has no AVX512-VNNI, or numba is missing")
     backend = load("onednn")
-    monkeypatch.setattr(backend, "_convolutions", onednn.OneDNN(backend._gemm.matmul, only=name)._convolutions)
+    monkeypatch.setattr(backend, "_choice", onednn.OneDNN(backend._gemm.matmul, only=name)._choice)
 
 
 SMALL_INPUT = (3, 2, 4, 3, 4)

@@ -120,7 +120,7 @@ def test_an_inexact_route_is_found_out_and_not_used(trusted, file):
 
 
 def test_the_backend_takes_the_direct_convolution_only_where_it_is_exact():
-    routes = onednn.OneDNN(int_matmul.exact_matmul())._convolutions
+    routes = onednn.OneDNN(int_matmul.exact_matmul())._choice
     case = problem()
     route = next(r for r in routes.routes if r.name == "direct")
     assert route.supports(*case[:4], True) == direct_route.is_exact()
@@ -257,7 +257,7 @@ def results(route):
         x = Plane(torch.randint(-127, 128, (5, *geometry.input_size, c), dtype=torch.int8), torch.tensor(0.3))
         w = Plane(torch.randint(-127, 128, (co, *geometry.kernel_size, per_group), dtype=torch.int8), torch.rand(co))
         g = Plane(torch.randint(-127, 128, (5, *geometry.output_size, co), dtype=torch.int8), torch.tensor(0.3))
-        run = backend._convolutions.run
+        run = backend._choice.run
         found += [run("output", x, w, geometry, Scales(x.scale, w.scale)), run("output", x, w, geometry)]
         found += [run("grad_input", g, w, geometry, Scales(g.scale, x.scale)), run("grad_weight", g, x, geometry)]
     return found

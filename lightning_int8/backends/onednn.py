@@ -1,4 +1,4 @@
-"""The CPU: every contraction as INT8 products of oneDNN; convolutions by one of several exact routes."""
+"""The CPU: every contraction by one of several exact routes, INT8 products of oneDNN or of our own."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _PRODUCT = ConvGeometry(input_size=(), kernel_size=(), stride=(), padding=(), di
 
 
 class OneDNN(Backend):
-    """INT8 products by oneDNN; the passes around them are compiled where numba can be imported.
+    """INT8 products by oneDNN and by passes of our own, which are compiled where numba can be imported.
 
     Args:
         matmul: The matrix product; None where the self-check found none that is exact.
@@ -54,20 +54,21 @@ class OneDNN(Backend):
         im2col, direct = Im2col(self._gemm), Direct()
         routes: list[Route] = [Depthwise(), im2col, direct, Subpixel(direct), Implicit()]
         if only is None:
-            self._convolutions = Choice(routes, im2col, ChoiceFile())
+            self._choice = Choice(routes, im2col, ChoiceFile())
         else:
-            self._convolutions = Choice([*(r for r in routes if r.name == only), im2col], im2col, None)
+            self._choice = Choice([*(r for r in routes if r.name == only), im2col], im2col, None)
 
     @property
-    def convolution_routes(self) -> list[Route]:
-        """The routes that convolutions choose from."""
-        return self._convolutions.routes
+    def routes(self) -> list[Route]:
+        """The routes that contractions choose from."""
+        return self._choice.routes
 
     def route(self, convolution: bool) -> str:
         """See ``Backend.route``."""
         halves = self._gemm.matmul is int_matmul.halves
         product = "INT8 product in two halves (no VNNI)" if halves else "INT8 product"
-        return f"onednn: {product}, fastest of {', '.join(r.name for r in self.convolution_routes)}"
+        names = [r.name for r in self.routes if convolution or r.multiplies_matrices]
+        return f"onednn: {product}, fastest of {', '.join(names)}"
 
     def quantize(
         self, x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor
@@ -88,7 +89,7 @@ class OneDNN(Backend):
     def accumulate(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None) -> Tensor:
         """See ``Backend.accumulate``."""
         assert self.exact, "the self-check found no exact INT8 product"
-        return self._convolutions.run(contraction, a, b, geometry or _PRODUCT)
+        return self._choice.run(contraction, a, b, geometry or _PRODUCT)
 
     def scaled(
         self, contraction: str, a: Quantized, b: Quantized, i: int, j: int, geometry: ConvGeometry | None
@@ -101,7 +102,7 @@ class OneDNN(Backend):
         if scales is None:
             sums = self.accumulate(contraction, left, right, geometry)
             return scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim()))
-        return self._convolutions.run(contraction, left, right, geometry, scales)
+        return self._choice.run(contraction, left, right, geometry, scales)
 
     def _contract(
         self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
@@ -111,7 +112,7 @@ class OneDNN(Backend):
             left, right = a.planes[0], b.planes[0]
             geometry = geometry or _PRODUCT
             scales = _scales(contraction, left, b, 0, geometry)
-            counts.routes[contraction] = self._convolutions.pick(contraction, left, right, geometry, scales).name
+            counts.routes[contraction] = self._choice.pick(contraction, left, right, geometry, scales).name
         return total
 
 

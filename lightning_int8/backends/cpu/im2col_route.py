@@ -22,6 +22,7 @@ class Im2col(CorrelationRoute):
     """The route for every shape, and the one that others are checked against."""
 
     name = "im2col"
+    multiplies_matrices = True
 
     def __init__(self, gemm: Gemm) -> None:
         self._gemm = gemm

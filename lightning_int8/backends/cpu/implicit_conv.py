@@ -28,8 +28,8 @@ _compiled_correlate: Any = implicit_gemm.correlate
 _BLOCK_BYTES = 1 << 19  # what is multiplied, or added to, again and again: it stays in the second-level cache
 _FEWEST_ROWS, _MOST_ROWS = 8, 256  # tiles of positions that are multiplied with one panel before the next one
 _MOST_CHANNELS = 384  # rows of a grad_weight that share a panel
-_LONGEST_PIECE = 256  # positions, where pieces may be of any length
-_SMALLEST_PIECE = 1 << 20  # products that are worth a thread
+_LONGEST_PIECE = 96  # positions, where pieces may be of any length
+_SMALLEST_PIECE = 1 << 24  # products that are worth a thread
 
 
 # --- Output and grad_input -------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ class Implicit(Route):
     """All three contractions, in any number of dimensions, none included."""
 
     name = "implicit"
+    multiplies_matrices = True
 
     def supports(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> bool:
         """See ``Route.supports``."""

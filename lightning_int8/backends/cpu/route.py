@@ -31,9 +31,11 @@ class Route(ABC):
 
     Attributes:
         name: How reports and the timing file call it.
+        multiplies_matrices: Whether it supports convolutions without spatial axes, which are matrix products.
     """
 
     name: str
+    multiplies_matrices: bool = False
 
     @abstractmethod
     def supports(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> bool:

@@ -20,6 +20,7 @@ Result = TypeVar("Result")
 SMALLEST_PIECE = 1 << 15
 """Elements that are worth a thread."""
 
+_PROCESS = os.getpid()
 _TEAM_WORK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -39,7 +40,8 @@ def split(work: Callable[[int, int], Result], count: int, smallest: int) -> list
         return [work(0, count)]
     ends = [count * k // pieces for k in range(pieces + 1)]
     tasks = [(ends[k], ends[k + 1]) for k in range(pieces)]
-    runtime = _openmp()
+    # The runtime's threads do not survive a fork either, and it does not notice.
+    runtime = _openmp() if os.getpid() == _PROCESS else None
     return _by_pool(work, tasks) if runtime is None else _by_team(runtime, work, tasks)
 
 
