@@ -1,6 +1,7 @@
 """Our own INT8 product on the CPU: what it packs, what it sums, and the threads that it runs on."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -137,23 +138,19 @@ def test_large_problems_are_exact(case):
             assert torch.equal(own.run(contraction, a, b, geometry, own_scales), expected), contraction
 
 
-@pytest.mark.parametrize("axes", [0, 2])
-def test_an_empty_batch_has_empty_results(axes):
-    geometry = ConvGeometry(
-        input_size=(4,) * axes,
-        kernel_size=(1,) * axes,
-        stride=(1,) * axes,
-        padding=((0, 0),) * axes,
-        dilation=(1,) * axes,
-        groups=1,
-    )
+@pytest.mark.parametrize("shapes", [((0, 64), (7, 64)), ((3, 0), (7, 0)), ((3, 4), (0, 4))])
+def test_empty_products_are_left_to_another_route(shapes):
+    x, w = (Plane(bytes_of(shape), torch.ones(())) for shape in shapes)
+    assert not implicit_route.Implicit().supports("output", x, w, onednn._PRODUCT, False)
+    sums = onednn.make().accumulate("output", x, w, None)
+    assert torch.equal(sums.long(), x.data.long() @ w.data.long().t())
+
+
+def test_expanded_weights_are_read_rightly():
     one = torch.ones(())
-    shapes = (0, *geometry.input_size, 3), (5, *geometry.kernel_size, 3), (0, *geometry.input_size, 5)
-    x, w, g = (Plane(bytes_of(shape), one) for shape in shapes)
-    run = implicit_route.Implicit().run
-    assert run("output", x, w, geometry).shape == g.data.shape
-    assert run("grad_input", g, w, geometry).shape == x.data.shape
-    assert torch.equal(run("grad_weight", g, x, geometry), torch.zeros(w.data.shape, dtype=torch.int32))
+    x, w = bytes_of((5, 8)), bytes_of((8,), 1).expand(3, 8)
+    sums = onednn.make().accumulate("output", Plane(x, one), Plane(w, one), None)
+    assert torch.equal(sums.long(), x.long() @ w.long().t())
 
 
 def test_sums_beyond_int32_are_split(monkeypatch):
@@ -208,6 +205,22 @@ def kind_of_threads(request, four_threads, monkeypatch):
     elif threads._openmp() is None:
         pytest.skip("torch has no OpenMP runtime here")
     return request.param
+
+
+def split_until_interrupted(delay):
+    threading.Timer(delay, signal.raise_signal, (signal.SIGINT,)).start()
+    while True:
+        threads.split(lambda a, b: sum(range(100)), 4, 1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("delay", [0.0, 0.001, 0.01])
+def test_an_interrupt_is_an_interrupt(delay, four_threads):
+    """Wherever it strikes: in the work, or before the first line of a thread's own code."""
+    if threads._openmp() is None:
+        pytest.skip("torch has no OpenMP runtime here")
+    with pytest.raises(KeyboardInterrupt):
+        split_until_interrupted(delay)
 
 
 def test_pieces_cover_the_range_once_and_in_order(kind_of_threads):

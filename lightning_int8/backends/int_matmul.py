@@ -27,6 +27,8 @@ MatMul = Callable[[Tensor, Tensor], Tensor]
 
 def full_range(a: Tensor, b: Tensor) -> Tensor:
     """a · b in one product, int8 ``(M, K)`` and ``(K, N)`` to int32 ``(M, N)``."""
+    if 0 in b.stride():  # of an expanded tensor, which torch reads wrongly
+        b = b.contiguous()
     out = empty(a.shape[0], b.shape[1], dtype=torch.int32)
     return torch._int_mm(_plain_row(a), _plain_row(b), out=out)
 

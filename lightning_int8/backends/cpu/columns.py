@@ -61,7 +61,7 @@ class Columns:
         """
         per_sample = self._correlation.positions * prod(self._correlation.taps) * channels
         allowed = max(COLUMN_BYTES * torch.get_num_threads(), total_bytes)
-        step = max(1, allowed // max(1, per_sample)) if self._correlation.size else self._samples
+        step = max(1, allowed // max(1, per_sample)) if self._correlation.size else max(1, self._samples)
         for start in range(0, self._samples, step):
             yield slice(start, min(start + step, self._samples))
 

@@ -55,6 +55,7 @@ def correlate(
         targets: int64: where each position of a sample belongs in one of ``result``.
         result: float32 with ``scales``, else int32; contiguous, its last axis is Co.
     """
+    assert data.is_contiguous()
     batch, channels = data.shape[0], data.shape[-1]
     fill = 0 if zero is None else int(zero)
     # Windows of one tap and whole quads are copied and made unsigned a few at a time; others are read where they lie.
@@ -97,7 +98,7 @@ def _column_sums(packed: np.ndarray, count: int, quads: int, columns: int) -> np
     whole = -(-columns // LANES) * LANES
     length = quads * QUAD
     pieces = _pieces(np.zeros(count, np.int64), np.arange(count) * length * WIDTH)
-    origin, nothing, unused = np.zeros(1, np.int64), np.zeros(whole, np.int32), np.zeros(0, np.float32)
+    origin, nothing, unused = np.zeros(1, np.int64), np.zeros(whole, np.int32), np.zeros(whole, np.float32)
     sums = np.empty(whole, np.int32)
     operands = np.ones(length, np.uint8), False, (0, 0), origin, origin, pieces, quads, packed, nothing
     _compiled_correlate(*operands, (np.float32(1), unused), whole, ROWS, sums, 0, 1)
@@ -129,6 +130,8 @@ def grad_weight(g: Tensor, x: Tensor, zero: Tensor | None, correlation: Correlat
     Returns:
         float32 with ``scales``, else int32.
     """
+    assert g.is_contiguous()
+    assert x.is_contiguous()
     channels, out_channels = x.shape[-1], g.shape[-1]
     shape = (*(n + lo + hi for n, (lo, hi) in zip(x.shape[1:-1], correlation.padding, strict=True)), channels)
     positions = _positions(correlation, shape, -(-len(g) // QUAD))

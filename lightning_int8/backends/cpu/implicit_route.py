@@ -39,7 +39,7 @@ class Implicit(Route):
 
     def supports(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> bool:
         """See ``Route.supports``."""
-        if not is_exact():
+        if not is_exact() or a.data.numel() == 0 or b.data.numel() == 0:
             return False
         # A zero point of the operand whose windows are read: data, or the input of grad_weight.
         shifted, plain = (b, a) if contraction == "grad_weight" else (a, b)
@@ -60,6 +60,11 @@ class Implicit(Route):
 def _longest(zero: Tensor | None) -> int:
     """Longest sum of products that int32 holds for certain."""
     return RAW_LIMIT if zero is None else CENTRED_LIMIT
+
+
+def _most_samples(zero: Tensor | None, positions: int) -> int:
+    """Samples of so many positions over which int32 holds the sums of a grad_weight for certain."""
+    return max(1, _longest(zero) // positions)
 
 
 def _numbers(geometry: ConvGeometry) -> tuple[Any, ...]:
@@ -101,7 +106,7 @@ def implicit_conv_output(
     left: Tensor | None,
     right: Tensor | None,
 ) -> Tensor:
-    """Output of int8 x ``(N, *in, C)`` and w ``(Co, *kernel, C / groups)``.
+    """Output of int8 x ``(N, *in, C)`` and w ``(Co, *kernel, C / groups)``; x is contiguous, none is empty.
 
     Args:
         x: See above.
@@ -141,7 +146,7 @@ def implicit_conv_grad_input(
     left: Tensor | None,
     right: Tensor | None,
 ) -> Tensor:
-    """grad_input ``(N, *in, C)`` of int8 g ``(N, *out, Co)`` and w; for the rest see ``implicit_conv_output``."""
+    """grad_input ``(N, *in, C)`` of int8 g ``(N, *out, Co)``, contiguous, and w; see ``implicit_conv_output``."""
     geometry = geometry_of(input_size, kernel_size, stride, padding, dilation, groups)
     scales = _scales(left, right)
     result = empty(len(g), *input_size, w.shape[-1] * groups, dtype=_dtype(scales))
@@ -181,7 +186,7 @@ def implicit_conv_grad_weight(
     correlation = output_correlation(geometry_of(input_size, kernel_size, stride, padding, dilation, groups))
     scales = _scales(left, right)
     assert IMPLICIT is not None
-    samples = max(1, _longest(zero) // max(1, correlation.positions))
+    samples = _most_samples(zero, correlation.positions)
     if len(g) <= samples:
         result = IMPLICIT.grad_weight(g, x, zero, correlation, scales)
     else:
@@ -222,13 +227,19 @@ def _(g: Tensor, w: Tensor, input_size: list[int], *numbers: Any) -> Tensor:
 
 @implicit_conv_grad_weight.register_fake
 def _(g: Tensor, x: Tensor, input_size: list[int], kernel_size: list[int], *numbers: Any) -> Tensor:
-    *_, groups, _, left, right = numbers
-    return g.new_empty(g.shape[-1], *kernel_size, x.shape[-1] // groups, dtype=_dtype(_scales(left, right)))
+    *_, groups, zero, left, right = numbers
+    dtype = _dtype(_scales(left, right))
+    if dtype == torch.int32 and len(g) > _most_samples(zero, prod(g.shape[1:-1])):
+        dtype = torch.int64
+    return g.new_empty(g.shape[-1], *kernel_size, x.shape[-1] // groups, dtype=dtype)
 
 
 @cache
 def is_exact() -> bool:
-    """Whether the kernel runs here and agrees with exact arithmetic where a saturating instruction betrays itself."""
+    """Whether the kernel runs here and its output is exact where a saturating instruction betrays itself.
+
+    All three contractions go through this one instruction; ``Choice`` checks each problem that it times.
+    """
     if IMPLICIT is None or not IMPLICIT.is_available():
         return False
     return all(_agrees(*case) for case in product((1, 70), (1, 17, 66), (None, -INT8_MAX, INT8_MAX), (1, -1)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -86,12 +86,18 @@ def _by_team(runtime: Any, work: Callable[[int, int], Result], tasks: list[tuple
     runtime.GOMP_parallel(_TEAM_WORK(own_tasks), None, torch.get_num_threads(), 0)
     if errors:
         raise errors[0]
+    if len(results) < len(tasks):
+        # A signal handler has raised before a thread's first line, where nobody can catch it.
+        raise KeyboardInterrupt
     return [results[k] for k in range(len(tasks))]
 
 
 def _by_pool(work: Callable[[int, int], Result], tasks: list[tuple[int, int]]) -> list[Result]:
     others = [_pool(os.getpid(), len(tasks) - 1).submit(work, *task) for task in tasks[1:]]
-    first = work(*tasks[0])
+    try:
+        first = work(*tasks[0])
+    finally:
+        wait(others)  # whoever hears of an error may free what they write to
     return [first, *(o.result() for o in others)]
 
 
