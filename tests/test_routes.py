@@ -63,6 +63,15 @@ class Wrong(Im2col):
         return y
 
 
+class Exchanged(Im2col):
+    """Fast, but for the order in which it applies two scales."""
+
+    name = "exchanged"
+
+    def correlate(self, data, weight, correlation, scales):
+        return super().correlate(data, weight, correlation, Scales(scales.right, scales.left))
+
+
 @pytest.fixture
 def trusted():
     return Im2col(Gemm(int_matmul.exact_matmul()))
@@ -111,6 +120,14 @@ def test_inputs_of_ever_new_sizes_are_not_timed_for_ever(trusted, file):
     timed = Slow.calls
     assert chosen.pick(*problem(60)) is trusted
     assert Slow.calls == timed == choice.SHAPES_TIMED * (1 + choice.REPEATS)
+
+
+def test_a_route_that_exchanges_two_equal_scales_is_found_out(trusted, file):
+    contraction, x, w, geometry, _ = problem()
+    same = Scales(torch.tensor(0.5), torch.tensor(0.5))
+    chosen = Choice([Exchanged(Gemm(int_matmul.exact_matmul())), trusted], trusted, file)
+    with pytest.warns(UserWarning, match="route 'exchanged' is not exact for output of"):
+        assert chosen.pick(contraction, x, w, geometry, same) is trusted
 
 
 def test_an_inexact_route_is_found_out_and_not_used(trusted, file):

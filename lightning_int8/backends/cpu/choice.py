@@ -88,7 +88,10 @@ class Choice:
         probe = None
         if scales is not None:
             # Scales of many digits, so that another order of rounding shows; the real ones may even be NaN.
-            probe = Scales(*(torch.linspace(0.37, 0.9, s.numel()).reshape(s.shape) for s in scales))
+            first = (0.37, 0.1)  # two numbers, or an exchange of both would not show
+            probe = Scales(
+                *(torch.linspace(f, 0.9, s.numel()).reshape(s.shape) for f, s in zip(first, scales, strict=True))
+            )
         expected = self._trusted.run(contraction, a, b, geometry, probe)
         exact = []
         for route in candidates:

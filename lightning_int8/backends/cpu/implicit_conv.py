@@ -23,7 +23,7 @@ from lightning_int8.numerics import Plane
 
 __all__ = ["correlate", "grad_weight", "is_available"]
 
-_compiled_correlate: Any = implicit_gemm.correlate
+_compiled_correlate: Any = implicit_gemm.correlate  # numba's own type does not take unpacked arguments
 
 _BLOCK_BYTES = 1 << 19  # what is multiplied, or added to, again and again: it stays in the second-level cache
 _FEWEST_ROWS, _MOST_ROWS = 8, 256  # tiles of positions that are multiplied with one panel before the next one
