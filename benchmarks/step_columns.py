@@ -24,7 +24,7 @@ class Column:
 
     Attributes:
         name: In results.
-        autocast: Whether bfloat16 autocast is on.
+        autocast: Whether bfloat16 autocast is on; with a recipe, what lies between INT8 contractions is bfloat16.
         recipe: INT8 by this recipe; empty for another precision.
         layers: See ``lightning_int8.convert``.
         fuse: Likewise.
@@ -55,13 +55,14 @@ class Column:
 
 
 def all_columns(recipes: Sequence[str], compiled: bool) -> list[Column]:
-    """Every column; the first recipe also without fusion and with ``layers="auto"``."""
+    """Every column; the first recipe also with bfloat16 between layers, without fusion and with ``layers="auto"``."""
     floats = [Column(name="float32"), Column(name="bfloat16", autocast=True)]
     if compiled:
         floats += [Column(name=f"{c.name} compiled", autocast=c.autocast, compiled=True) for c in floats]
     int8 = [Column(name=f"int8 {recipe}", recipe=recipe) for recipe in recipes]
     if recipes:
         first = recipes[0]
+        int8.append(Column(name=f"int8 {first} bfloat16", recipe=first, autocast=True))
         int8.append(Column(name=f"int8 {first} unfused", recipe=first, fuse=False))
         int8.append(Column(name=f"int8 {first} auto", recipe=first, layers="auto"))
     return [*floats, *int8, Column(name="torchao int8", autocast=True, torchao=True)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_int8.backends import Backend, Counts, backend_for
+from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES
 from lightning_int8.backends.cpu.expression import Expression, Term
 from lightning_int8.clock import Clock
 from lightning_int8.fusion import Deferred
@@ -156,26 +157,29 @@ class _Contraction(torch.autograd.Function):
             state.note(LayerCall.of(x, geometry, channels_last, needs_x, needs_w))
         keys = {o: o.draw(fresh, x.device) for o in state.distinct_operands()}
         dtype = _output_dtype(x)
+        defers = geometry is not None and state.fuse and backend.fuses and dtype in FLOAT_DTYPES
+        defers = defers and not torch.jit.is_tracing()
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
 
         with torch.autocast(x.device.type, enabled=False):
             source, w = _canonical(x, geometry, backend), _canonical(weight, geometry, backend)
             qx = planes.of(operands["output.lhs"], source, keys)
             qw = planes.of(operands["output.rhs"], w, keys)
-            y = backend.output(qx, qw, geometry, state.counts)
-            if bias is not None:
-                y += bias.float()
+            adds_bias = bias is not None and not defers
+            y = backend.output(qx, qw, geometry, state.counts, torch.float32 if adds_bias else dtype)
+            if adds_bias:
+                y = (y + bias.float()).to(dtype)
             saved_w = planes.of(operands["grad_input.rhs"], w, keys) if needs_x else None
             saved_x = planes.of(operands["grad_weight.rhs"], source, keys) if needs_w else None
 
         # The gradient comes once, to the recomputed graph (reentrant checkpointing) or to the first one.
         ctx.state, ctx.geometry, ctx.keys, ctx.update = state, geometry, keys, training
         _save(ctx, saved_w, saved_x)
-        y = y.to(dtype)
         if geometry is None:
             return y
-        if state.fuse and backend.fuses and dtype == torch.float32 and not torch.jit.is_tracing():
-            return Deferred(Expression((Term(y),)), channels_last)
+        if defers:
+            offset = None if bias is None else bias.detach().float().clone()  # the optimizer changes it in place
+            return Deferred(Expression((Term(y),), offset), channels_last)
         # `.data`, since autograd must not take the output for a view.
         return y.movedim(-1, 1).data if channels_last else y.movedim(-1, 1).contiguous()
 
@@ -197,10 +201,10 @@ class _Contraction(torch.autograd.Function):
             g = _canonical(grad_output, ctx.geometry, backend)
             if saved_w is not None:
                 qg = planes.of(operands["grad_input.lhs"], g, ctx.keys)
-                grad_x = backend.grad_input(qg, saved_w, ctx.geometry, state.counts).to(x_dtype)
+                grad_x = backend.grad_input(qg, saved_w, ctx.geometry, state.counts, x_dtype)
             if saved_x is not None:
                 qg = planes.of(operands["grad_weight.lhs"], g, ctx.keys)
-                grad_w = backend.grad_weight(qg, saved_x, ctx.geometry, state.counts).to(w_dtype)
+                grad_w = backend.grad_weight(qg, saved_x, ctx.geometry, state.counts, w_dtype)
             if ctx.needs_input_grad[2]:
                 grad_bias = _channel_sums(g).to(bias_dtype)
         if ctx.geometry is not None:

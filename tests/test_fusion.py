@@ -216,6 +216,8 @@ def test_a_convolution_defers_unless_told_otherwise():
     assert type(converted(fuse=False)(IMAGES)) is torch.Tensor
     assert type(converted(backend="reference")(IMAGES)) is torch.Tensor
     with torch.autocast("cpu", torch.bfloat16):
+        assert (type(y := converted()(IMAGES)), y.dtype) == (Deferred, torch.bfloat16)
+    with torch.autocast("cpu", torch.float16):
         assert type(converted()(IMAGES)) is torch.Tensor
 
 

@@ -140,9 +140,11 @@ def test_large_problems_are_exact(case):
         ("grad_input", g, w, Scales(right, right)),
         ("grad_weight", g, x, Scales(left, right)),
     ):
-        for own_scales in (None, scales):
+        for own_scales in (None, scales, scales._replace(dtype=torch.bfloat16)):
             expected = trusted.run(contraction, a, b, geometry, own_scales)
-            assert torch.equal(own.run(contraction, a, b, geometry, own_scales), expected), contraction
+            found = own.run(contraction, a, b, geometry, own_scales)
+            assert found.dtype == (torch.int32 if own_scales is None else own_scales.dtype)
+            assert torch.equal(found, expected.to(found.dtype)), contraction
 
 
 @pytest.mark.parametrize("shapes", [((0, 64), (7, 64)), ((3, 0), (7, 0)), ((3, 4), (0, 4))])
@@ -186,12 +188,12 @@ def test_a_cpu_that_the_user_names_gets_no_instructions_of_this_one():
 def test_operators_have_fakes():
     g, x, w = bytes_of((2, 3, 3, 6)), bytes_of((2, 3, 3, 5)), bytes_of((6, 3, 3, 5))
     numbers = ([3, 3], [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)
-    for name, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
-        operator = getattr(torch.ops.lightning_int8, f"implicit_conv_{name}")
-        for scales in ((None, None), (torch.tensor(0.3), torch.tensor(0.2))):
-            torch.library.opcheck(
-                operator, (a, b, *numbers, None, *scales), test_utils=("test_schema", "test_faketensor")
-            )
+    scales = [torch.tensor(0.3), torch.tensor(0.2)]
+    for contraction, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
+        for how in (([], torch.int32), (scales, torch.float32), (scales, torch.bfloat16)):
+            arguments = contraction, a, b, *numbers, None, *how
+            operator = torch.ops.lightning_int8.implicit_conv
+            torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 # --- Threads ---------------------------------------------------------------------------------------------------------

@@ -28,9 +28,7 @@ INT8_PRODUCTS = {
     "onednn::qconv_pointwise": (torch.uint8, torch.int8),  # data, packed weight; behind them scales and offsets
     "lightning_int8::depthwise_conv": (torch.int8, torch.int8),
     "lightning_int8::depthwise_conv_grad_weight": (torch.int8, torch.int8),
-    "lightning_int8::implicit_conv_output": (torch.int8, torch.int8),
-    "lightning_int8::implicit_conv_grad_input": (torch.int8, torch.int8),
-    "lightning_int8::implicit_conv_grad_weight": (torch.int8, torch.int8),
+    "lightning_int8::implicit_conv": (torch.int8, torch.int8),
     "lightning_int8::cupy_gemm": (torch.int8, torch.int8),
     "lightning_int8::cupy_convolution": (torch.int8, torch.int8),
 }
@@ -42,12 +40,16 @@ PACKING = "onednn::qconv_prepack"
 
 @dataclass(frozen=True)
 class Call:
-    """One operation, with the dtypes and shapes of its tensors, the shape of its result, and of some its windows."""
+    """One operation, with the dtypes and shapes of its tensors, and the shape of its result.
+
+    Of one that names it also the contraction, and of some the windows.
+    """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     shapes: tuple[tuple[int, ...], ...]
     result: tuple[int, ...]
+    contraction: str = ""
     geometry: ConvGeometry | None = None
 
     @property
@@ -59,9 +61,9 @@ class Call:
         """Multiply-accumulates that the contraction needs; a matrix product in halves (no VNNI) counts half."""
         if self.name == "aten::_int_mm":
             return prod(self.result) * self.shapes[0][1] / calls_per_count()
-        if self.name.endswith("grad_weight"):
+        if self.contraction == "grad_weight" or self.name.endswith("grad_weight"):
             return prod(self.shapes[0]) * prod(self.result[1:])
-        if self.geometry is not None:  # of a grad_input, whose residue classes have their own taps each
+        if self.contraction == "grad_input" and self.geometry is not None:  # residue classes have their own taps each
             meetings = sum(prod(d.size * len(d.taps) for d in r.dims) for r in self.geometry.residues())
             return self.shapes[0][0] * meetings * prod(self.shapes[1]) // self.geometry.taps
         return prod(self.result) * prod(self.shapes[1][1:])
@@ -80,8 +82,9 @@ class Products(TorchDispatchMode):
             tensors = [a for a in args if isinstance(a, torch.Tensor)]
             shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
             dtypes, shapes = zip(*((t.dtype, tuple(t.shape)) for t in tensors), strict=True) if tensors else ((), ())
-            geometry = implicit_route.geometry_of(*args[2:8]) if name.endswith("implicit_conv_grad_input") else None
-            self.calls.append(Call(name, dtypes, shapes, shape, geometry))
+            contraction = args[0] if args and isinstance(args[0], str) else ""
+            geometry = implicit_route.geometry_of(*args[3:9]) if name.endswith("implicit_conv") else None
+            self.calls.append(Call(name, dtypes, shapes, shape, contraction, geometry))
         return result
 
 
@@ -218,7 +221,7 @@ def test_a_float_fallback_in_the_backward_pass_alone_is_caught(monkeypatch):
     model = nn.Sequential(nn.Linear(6, 5))
     convert(model)
 
-    def fallback(self, g, x, geometry, counts):
+    def fallback(self, g, x, geometry, counts, dtype):
         counts[self.name, "grad_weight"] += 1
         return (g.planes[0].data.float().t() @ x.planes[0].data.float()) * g.planes[0].scale * x.planes[0].scale
 
@@ -232,9 +235,10 @@ def test_a_product_counted_twice_is_caught(monkeypatch):
     convert(model)
     contract = Backend._contract
 
-    def miscount(self, contraction, a, b, geometry, counts):
+    def miscount(self, contraction, *arguments):
+        counts = arguments[3]
         counts[self.name, contraction] += contraction == "grad_input"
-        return contract(self, contraction, a, b, geometry, counts)
+        return contract(self, contraction, *arguments)
 
     monkeypatch.setattr(Backend, "_contract", miscount)
     with pytest.raises(AssertionError, match=f"executed {14 * calls_per_count()} products, counted 18"):
@@ -292,7 +296,7 @@ def test_the_implicit_products_are_int8_and_counted(monkeypatch):
     convert(model, recipe=recipe_of(16, 8))
     calls = calls_of_step(model, torch.randn(2, 3, 9, 9))
     check_products(model, calls)
-    names = [c.name.partition("implicit_conv_")[2] for c in calls]
+    names = [c.contraction for c in calls]
     # Two plane pairs each; the images need no gradient.
     assert [names.count(c) for c in CONTRACTIONS] == [6, 4, 6]
 

@@ -103,32 +103,71 @@ class Backend(ABC):
         """
 
     def scaled(
-        self, contraction: str, a: Quantized, b: Quantized, i: int, j: int, geometry: ConvGeometry | None
+        self,
+        contraction: str,
+        a: Quantized,
+        b: Quantized,
+        i: int,
+        j: int,
+        geometry: ConvGeometry | None,
+        dtype: torch.dtype,
     ) -> Tensor:
-        """fl(fl(fl(sums) · scale_lhs) · scale_rhs) of planes ``a[i]`` and ``b[j]``, float32; see ``accumulate``."""
+        """fl(fl(fl(sums) · scale_lhs) · scale_rhs) of planes ``a[i]`` and ``b[j]``; see ``accumulate``.
+
+        In float32, or in ``dtype`` where that takes no pass of its own.
+        """
         sums = self.accumulate(contraction, a.planes[i], b.planes[j], geometry)
         left, right = output_scales(contraction, a, b, i, j, geometry, sums.dim())
         return sums.to(torch.float32).mul_(left).mul_(right)
 
-    def output(self, x: Quantized, w: Quantized, geometry: ConvGeometry | None, counts: Counts) -> Tensor:
-        """x · w, float32, canonical order."""
-        return self._contract("output", x, w, geometry, counts)
+    def output(
+        self,
+        x: Quantized,
+        w: Quantized,
+        geometry: ConvGeometry | None,
+        counts: Counts,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """x · w in ``dtype``, canonical order."""
+        return self._contract("output", x, w, geometry, counts, dtype).to(dtype)
 
-    def grad_input(self, g: Quantized, w: Quantized, geometry: ConvGeometry | None, counts: Counts) -> Tensor:
-        """g · w, float32, canonical order."""
-        return self._contract("grad_input", g, w, geometry, counts)
+    def grad_input(
+        self,
+        g: Quantized,
+        w: Quantized,
+        geometry: ConvGeometry | None,
+        counts: Counts,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """g · w in ``dtype``, canonical order."""
+        return self._contract("grad_input", g, w, geometry, counts, dtype).to(dtype)
 
-    def grad_weight(self, g: Quantized, x: Quantized, geometry: ConvGeometry | None, counts: Counts) -> Tensor:
-        """g · x, float32, canonical order."""
-        return self._contract("grad_weight", g, x, geometry, counts)
+    def grad_weight(
+        self,
+        g: Quantized,
+        x: Quantized,
+        geometry: ConvGeometry | None,
+        counts: Counts,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """g · x in ``dtype``, canonical order."""
+        return self._contract("grad_weight", g, x, geometry, counts, dtype).to(dtype)
 
     def _contract(
-        self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
+        self,
+        contraction: str,
+        a: Quantized,
+        b: Quantized,
+        geometry: ConvGeometry | None,
+        counts: Counts,
+        dtype: torch.dtype,
     ) -> Tensor:
+        """The contraction in float32 or, likewise, in ``dtype``, to which it is rounded once."""
         assert contraction in CONTRACTIONS
+        pairs = plane_pairs(a, b)
         total: Tensor | None = None
-        for i, j in plane_pairs(a, b):
-            scaled = self.scaled(contraction, a, b, i, j, geometry)
+        for i, j in pairs:
+            scaled = self.scaled(contraction, a, b, i, j, geometry, dtype if len(pairs) == 1 else torch.float32)
             counts[self.name, contraction] += 1
             total = scaled if total is None else total.add_(scaled)
         assert total is not None

@@ -66,10 +66,16 @@ class CuPy(Backend):
         return self._product(contraction, a, b, geometry, None, scaled=False)
 
     def _contract(
-        self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
+        self,
+        contraction: str,
+        a: Quantized,
+        b: Quantized,
+        geometry: ConvGeometry | None,
+        counts: Counts,
+        dtype: torch.dtype,
     ) -> Tensor:
         if not all(fits(q.planes[0].data) for q in (a, b)):
-            return _too_large()._contract(contraction, a, b, geometry, counts)
+            return _too_large()._contract(contraction, a, b, geometry, counts, dtype)
         total: Tensor | None = None
         for i, j in plane_pairs(a, b):
             total = self._product(contraction, a.planes[i], b.planes[j], geometry, total, scaled=True)

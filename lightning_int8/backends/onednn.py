@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_int8.backends import int_matmul
@@ -92,26 +93,39 @@ class OneDNN(Backend):
         return self._choice.run(contraction, a, b, geometry or _PRODUCT)
 
     def scaled(
-        self, contraction: str, a: Quantized, b: Quantized, i: int, j: int, geometry: ConvGeometry | None
+        self,
+        contraction: str,
+        a: Quantized,
+        b: Quantized,
+        i: int,
+        j: int,
+        geometry: ConvGeometry | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         """See ``Backend.scaled``; scales are applied while sums are in cache, where the route can."""
         assert self.exact, "the self-check found no exact INT8 product"
         left, right = a.planes[i], b.planes[j]
         geometry = geometry or _PRODUCT
-        scales = _scales(contraction, left, b, j, geometry)
+        scales = _scales(contraction, left, b, j, geometry, dtype)
         if scales is None:
             sums = self.accumulate(contraction, left, right, geometry)
             return scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim()))
         return self._choice.run(contraction, left, right, geometry, scales)
 
     def _contract(
-        self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
+        self,
+        contraction: str,
+        a: Quantized,
+        b: Quantized,
+        geometry: ConvGeometry | None,
+        counts: Counts,
+        dtype: torch.dtype,
     ) -> Tensor:
-        total = super()._contract(contraction, a, b, geometry, counts)
+        total = super()._contract(contraction, a, b, geometry, counts, dtype)
         if contraction not in counts.routes:
             left, right = a.planes[0], b.planes[0]
             geometry = geometry or _PRODUCT
-            scales = _scales(contraction, left, b, 0, geometry)
+            scales = _scales(contraction, left, b, 0, geometry, dtype)
             counts.routes[contraction] = self._choice.pick(contraction, left, right, geometry, scales).name
         return total
 
@@ -121,10 +135,12 @@ def make() -> OneDNN:
     return OneDNN(int_matmul.exact_matmul())
 
 
-def _scales(contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvGeometry) -> Scales | None:
+def _scales(
+    contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvGeometry, dtype: torch.dtype
+) -> Scales | None:
     """The factors that a route applies; None where those of a grad_weight differ by column."""
     right = b.planes[j].scale
     if contraction == "grad_weight" and b.axis is not None:
         return None
     by_group = contraction == "grad_input" and b.axis is not None
-    return Scales(left.scale, right.repeat(geometry.groups) if by_group else right)
+    return Scales(left.scale, right.repeat(geometry.groups) if by_group else right, dtype)

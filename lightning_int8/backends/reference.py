@@ -33,10 +33,16 @@ class Reference(Backend):
         return _convolution(contraction, left, right, geometry).to(torch.int64)
 
     def _contract(
-        self, contraction: str, a: Quantized, b: Quantized, geometry: ConvGeometry | None, counts: Counts
+        self,
+        contraction: str,
+        a: Quantized,
+        b: Quantized,
+        geometry: ConvGeometry | None,
+        counts: Counts,
+        dtype: torch.dtype,
     ) -> Tensor:
         if len(a.planes) == len(b.planes) == 1:
-            return super()._contract(contraction, a, b, geometry, counts)
+            return super()._contract(contraction, a, b, geometry, counts, dtype)
         total: Tensor | float = 0.0
         for i, j in plane_pairs(a, b):
             sums = self.accumulate(contraction, a.planes[i], b.planes[j], geometry)

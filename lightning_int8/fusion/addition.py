@@ -13,8 +13,7 @@ from lightning_int8.fusion.deferred import Deferred, canonical, fuses, is_fusabl
 @fuses(torch.add, Tensor.add)
 def add(input: Tensor, other: Any, **unusual: Any) -> Any:
     """``torch.add``."""
-    shape = getattr(input, "shape", None)  # of a number there is none
-    if unusual or not is_fusable(input, shape) or not is_fusable(other, shape):
+    if unusual or not is_fusable(input, other) or not is_fusable(other, input):
         return NotImplemented
     return _Add.apply(input, other, False)
 
@@ -22,7 +21,7 @@ def add(input: Tensor, other: Any, **unusual: Any) -> Any:
 @fuses(Tensor.add_)
 def add_(input: Tensor, other: Any, **unusual: Any) -> Any:
     """``torch.Tensor.add_``."""
-    if unusual or not isinstance(input, Deferred) or input.is_computed or not is_fusable(other, input.shape):
+    if unusual or not isinstance(input, Deferred) or input.is_computed or not is_fusable(other, input):
         return NotImplemented
     return _Add.apply(input, other, True)
 

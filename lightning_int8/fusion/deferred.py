@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES
 from lightning_int8.backends.cpu.expression import Expression, Term
 
 _FUSED: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -45,7 +46,7 @@ def fuses(*functions: Callable[..., Any]) -> Callable[[Callable[..., Any]], Call
 
 
 class Deferred(Tensor):
-    """A float32 tensor ``(N, C, *spatial)`` that is an expression until its values are needed.
+    """A tensor ``(N, C, *spatial)``, float32 or bfloat16, that is an expression until its values are needed.
 
     Python calls of functions that ``fuses`` knows extend the expression; every other operation, autograd's own among
     them, reaches ``__torch_dispatch__``, which computes the values and calls torch with a plain tensor. From then on
@@ -66,7 +67,7 @@ class Deferred(Tensor):
         shape = torch.Size((batch, channels, *spatial))
         format_like = torch.empty(expression.shape, device="meta").movedim(-1, 1)
         strides = format_like.stride() if channels_last else format_like.contiguous().stride()
-        self = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=torch.float32, device=_CPU)
+        self = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=expression.dtype, device=_CPU)
         self._expression, self._plain, self.channels_last = expression, None, channels_last
         return self
 
@@ -113,7 +114,7 @@ class Deferred(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten.add.Tensor and not kwargs and all(is_fusable(a, args[0].shape) for a in args):
+        if func is torch.ops.aten.add.Tensor and not kwargs and all(is_fusable(a, args[0]) for a in args):
             # Autograd adds the gradients of a tensor that was used twice.
             return canonical(args[0]).plus(canonical(args[1])).values().movedim(-1, 1)
         if func._schema.is_mutable:
@@ -147,12 +148,14 @@ def plain_term(gradient: Tensor) -> Term:
     return expression.terms[0]
 
 
-def is_fusable(tensor: Any, shape: torch.Size | None) -> bool:
-    """Whether a tensor can be part of an expression of this shape."""
+def is_fusable(tensor: Any, other: Any) -> bool:
+    """Whether two arguments can be parts of one expression, as far as the first one tells."""
     return (
         type(tensor) in (Tensor, nn.Parameter, Deferred)
-        and tensor.shape == shape
-        and tensor.dtype == torch.float32
+        and isinstance(other, Tensor)
+        and tensor.shape == other.shape
+        and tensor.dtype == other.dtype
+        and tensor.dtype in FLOAT_DTYPES
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
     )

@@ -48,15 +48,15 @@ class Choice:
         self._timed: dict[str, list[Route]] = {}
 
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
-        """The contraction by the fastest route, see ``Route.run``."""
-        return self.pick(contraction, a, b, geometry, scales).run(contraction, a, b, geometry, scales)
+        """The contraction by the fastest route, see ``Route.run``; with ``scales`` in their dtype."""
+        return _run(self.pick(contraction, a, b, geometry, scales), contraction, a, b, geometry, scales)
 
     def pick(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> Route:
         """The route for a problem; at its first use the candidates are checked and timed."""
         able = (r for r in self.routes if r.supports(contraction, a, b, geometry, scales is not None))
         if self._file is None or _products(contraction, a, b, geometry) < SMALLEST_TIMED:
             return next(able)
-        layer = _layer(contraction, a, b, geometry, scales is not None)
+        layer = _layer(contraction, a, b, geometry, scales)
         problem = f"{layer}, input {'x'.join(map(str, (a.data.shape[0], *geometry.input_size)))}"
         if problem in self._picked:
             return self._picked[problem]
@@ -89,13 +89,12 @@ class Choice:
         if scales is not None:
             # Scales of many digits, so that another order of rounding shows; the real ones may even be NaN.
             first = (0.37, 0.1)  # two numbers, or an exchange of both would not show
-            probe = Scales(
-                *(torch.linspace(f, 0.9, s.numel()).reshape(s.shape) for f, s in zip(first, scales, strict=True))
-            )
-        expected = self._trusted.run(contraction, a, b, geometry, probe)
+            both = zip(first, (scales.left, scales.right), strict=True)
+            probe = Scales(*(torch.linspace(f, 0.9, s.numel()).reshape(s.shape) for f, s in both), scales.dtype)
+        expected = _run(self._trusted, contraction, a, b, geometry, probe)
         exact = []
         for route in candidates:
-            if route is self._trusted or torch.equal(route.run(contraction, a, b, geometry, probe), expected):
+            if route is self._trusted or torch.equal(_run(route, contraction, a, b, geometry, probe), expected):
                 exact.append(route)
             else:
                 warnings.warn(
@@ -113,19 +112,24 @@ def fastest(
     for _ in range(REPEATS):
         for route in routes:
             start = time.perf_counter()
-            route.run(contraction, a, b, geometry, scales)
+            _run(route, contraction, a, b, geometry, scales)
             best[route] = min(best[route], time.perf_counter() - start)
     return min(routes, key=best.__getitem__)
 
 
-def _layer(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> str:
+def _run(route: Route, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> Tensor:
+    result = route.run(contraction, a, b, geometry, scales)
+    return result if scales is None else result.to(scales.dtype)
+
+
+def _layer(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> str:
     """All that a time depends on but the size of the input."""
     out, per_group = b.data.shape[0], b.data.shape[-1]
     if contraction == "grad_weight":
         out, per_group = a.data.shape[-1], b.data.shape[-1] // geometry.groups
     affine = "".join("z" if p.zero_point is not None else "-" for p in (a, b))
     windows = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    form = "scaled" if scaled else "sums"
+    form = "sums" if scales is None else str(scales.dtype).removeprefix("torch.")
     return f"{contraction} {form} {affine}, {out}:{per_group}, windows {windows}, {torch.get_num_threads()} threads"
 
 

@@ -12,7 +12,11 @@ from numba.extending import intrinsic, overload
 compiled = nb.njit(nogil=True, error_model="numpy", cache=True)
 """No fastmath: products and sums must not be fused."""
 
-_WIDE = get_host_cpu_features().get("avx512_vnni", get_host_cpu_features().get("avx512vnni", False))
+_FEATURES = get_host_cpu_features()
+_WIDE = _FEATURES.get("avx512_vnni", _FEATURES.get("avx512vnni", False))
+
+HAS_AVX512 = _FEATURES.get("avx512bw", False) and _FEATURES.get("avx512dq", False)
+"""Whether there are 32 registers of 512 bits, and masks for all their lanes."""
 
 
 @intrinsic

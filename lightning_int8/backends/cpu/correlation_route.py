@@ -34,7 +34,7 @@ class CorrelationRoute(Route):
             scales: What to multiply by, None for integer sums.
 
         Returns:
-            float32 with ``scales``, else int32 or int64; no view of another tensor.
+            Floats with ``scales``, else int32 or int64; no view of another tensor.
         """
 
     @abstractmethod
@@ -53,6 +53,6 @@ class CorrelationRoute(Route):
             geometry,
             a.data.shape[0],
             b.data.shape[-1] * groups,
-            torch.int32 if scales is None else torch.float32,
+            torch.int32 if scales is None else scales.dtype,
             lambda r: self.correlate(a, transposed_weight(b, r, groups), residue_correlation(r, groups), scales),
         )

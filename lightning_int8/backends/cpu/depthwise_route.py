@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES, as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.columns import padded
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets, output_correlation
@@ -41,8 +42,10 @@ class Depthwise(CorrelationRoute):
 
     def correlate(self, data: Plane, weight: Plane, correlation: Correlation, scales: Scales | None) -> Tensor:
         """See ``Route.correlate``."""
-        left, right = (None, None) if scales is None else scales
-        return torch.ops.lightning_int8.depthwise_conv(data.data, weight.data, *_arguments(correlation), left, right)
+        how: tuple[list[Tensor], torch.dtype] = [], torch.int32
+        if scales is not None:
+            how = [scales.left, scales.right], scales.dtype if scales.dtype in FLOAT_DTYPES else torch.float32
+        return torch.ops.lightning_int8.depthwise_conv(data.data, weight.data, *_arguments(correlation), *how)
 
     def grad_weight(self, g: Plane, x: Plane, geometry: ConvGeometry) -> Tensor:
         """See ``Route.grad_weight``."""
@@ -64,13 +67,13 @@ def depthwise_conv(
     taps: list[int],
     tap_step: list[int],
     padding: list[int],
-    left: Tensor | None,
-    right: Tensor | None,
+    scales: list[Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
     """Σ over taps of int8 data ``(N, *spatial, C)`` times int8 weight ``(C, *taps, 1)``, see ``Correlation``.
 
     Returns:
-        ``(N, *size, C)``: int32 or, with scales (``()``; ``()`` or ``(C,)``), float32.
+        ``(N, *size, C)`` in ``dtype``: int32 or, with scales (``()``; ``()`` or ``(C,)``), float32 or bfloat16.
     """
     assert DEPTHWISE is not None
     batch, channels = data.shape[0], data.shape[-1]
@@ -78,19 +81,18 @@ def depthwise_conv(
     repeats = max(1, min(size[-1], DEPTHWISE.BLOCK // channels))
     by_tap = weight.reshape(channels, -1).t().to(torch.int16).repeat(1, repeats)
     factors = None
-    if left is not None and right is not None:
+    if scales:
+        left, right = scales
         second = np.float32(right.item()) if right.dim() == 0 else right.repeat(repeats).numpy()
         factors = (np.float32(left.item()), second)
-    out = empty(batch, *size, channels, dtype=torch.int32 if factors is None else torch.float32)
-    rows = out.view(len(starts), size[-1] * channels).numpy()
-    DEPTHWISE.correlate(flat, starts, offsets, by_tap.numpy(), factors, rows)
+    out = empty(batch, *size, channels, dtype=dtype)
+    DEPTHWISE.correlate(flat, starts, offsets, by_tap.numpy(), factors, as_array(out).reshape(len(starts), -1))
     return out
 
 
 @depthwise_conv.register_fake
 def _(data: Tensor, weight: Tensor, size: list[int], *rest: Any) -> Tensor:
-    dtype = torch.int32 if rest[-1] is None else torch.float32
-    return data.new_empty(data.shape[0], *size, data.shape[-1], dtype=dtype)
+    return data.new_empty(data.shape[0], *size, data.shape[-1], dtype=rest[-1])
 
 
 @torch.library.custom_op("lightning_int8::depthwise_conv_grad_weight", mutates_args=(), device_types="cpu")

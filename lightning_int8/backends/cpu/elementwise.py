@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
-from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
+from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.unpool import unpool
 from lightning_int8.backends.cpu.vector_rounding import nearest, steps, store_bytes, up_or_down
 from lightning_int8.backends.cpu.vectors import (
     LANES,
-    inside,
     keep,
+    keep_inside,
     lanes_of,
     largest_bits,
     largest_lane,
@@ -47,9 +49,35 @@ A plain tuple: numba keeps the names of classes on disk, where later versions co
 
 
 @compiled
-def new_buffers(block):
-    """What ``block_values`` works in; ``block`` is a multiple of ``LANES``."""
-    return np.empty(block, np.float32), np.empty(block, np.float32)
+def whole(count):
+    """The number of elements that whole vectors take."""
+    return (count + LANES - 1) // LANES * LANES
+
+
+def tiled(values, block):
+    """An array repeated over a block, as often as it fits, up to whole vectors; a number as it is."""
+    raise NotImplementedError("only compiled passes call this")
+
+
+@overload(tiled)
+def _tiled(values, block):
+    if not isinstance(values, types.Array):
+        return lambda values, block: values
+
+    def repeated(values, block):
+        out = np.zeros(whole(block) if values.size > 0 else 0, np.float32)
+        for start in range(0, out.size - values.size + 1, max(1, values.size)):
+            out[start : start + values.size] = values
+        return out
+
+    return repeated
+
+
+@compiled
+def new_buffers(source, block):
+    """What ``walk`` needs for each place of a block: room for two results; both factors, and the offset."""
+    out, unpooled = np.empty(whole(block), np.float32), np.empty(whole(block), np.float32)
+    return out, unpooled, tiled(source[5], block), tiled(source[6], block), tiled(source[7], block)
 
 
 @compiled
@@ -59,18 +87,19 @@ def block_values(source, start, count, buffers):
     Args:
         source: A tuple of
 
-            - float32, flat: the values of the first term;
+            - floats, see ``floats``, flat: the values of the first term;
             - uint8, flat: where there are any, those values are the gradient of a maximum over windows, see ``unpool``;
             - int64: the geometry of the windows;
             - uint16: the mask of the first term;
-            - float32, flat: the values of the second term;
-            - three of float32, as long as a block: the factor of the first term, of the second, and the offset;
+            - floats, flat: the values of the second term;
+            - three of float32, one for each channel: the factor of the first term, of the second, and the offset;
+              wherever there is one, there are the first and the last;
             - bool: whether negative sums become 0;
             - float32: what larger sums become then, or NaN;
             - uint16, to be filled with the mask of the rectified sum;
-            - float32, flat, to be filled with the values.
+            - floats, flat, to be filled with the values.
         start: A multiple of the length of a block.
-        count: At most the length of a block.
+        count: At most the length of a block, whole words of masks.
         buffers: From ``new_buffers``.
     """
     walk(source, start, start + count, count, buffers, None, None)
@@ -87,29 +116,49 @@ def walk(source, first, last, block, buffers, rounding, sums):
         last: Behind the last element.
         block: Length of a block.
         buffers: See ``block_values``.
-        rounding: (low, high, inverse, zero, largest, stochastic, keys, plane): see ``rounding.round_block``; the plane
-            is int8, flat, of all elements. None not to round.
+        rounding: (low, high, inverse, zero, largest, stochastic, keys, plane): see ``rounding.round_block``; the first
+            four are numbers, or arrays with one for each channel; the plane is int8, flat, of all elements. None not to
+            round.
         sums: (first sums, second sums, other values, centre): what to add the elements to, and what their products with
-            other values, centred, if there are any: float32, one for each place of a block, but for the other values,
-            which are flat. None not to sum. With neither the last block is put in the first of the buffers.
+            other values, centred, if there are any: float32, whole vectors of places of a block, but for the other
+            values, which are floats, flat. None not to sum. With neither the last block is put in the first buffer.
 
     Returns:
         The largest magnitude that was rounded, as its bits.
     """
-    top = _walk(source, first, last, block, buffers, rounding, sums, None)
+    places = _places(rounding, block)
+    top = _walk(source, first, last, block, buffers, rounding, places, sums, None)
     if (last - first) % LANES > 0:
         start = first + (last - first - 1) // block * block
-        top = max(top, _walk(source, start, last, block, buffers, rounding, sums, True))
+        top = max(top, _walk(source, start, last, block, buffers, rounding, places, sums, True))
     return top
 
 
+def _places(rounding, block):
+    """The first four of a rounding for each place of a block."""
+    raise NotImplementedError("only compiled passes call this")
+
+
+@overload(_places)
+def _places_of(rounding, block):
+    if isinstance(rounding, types.NoneType):
+        return lambda rounding, block: None
+
+    def places(rounding, block):
+        low, high, inverse, zero = rounding[:4]
+        return tiled(low, block), tiled(high, block), tiled(inverse, block), tiled(zero, block)
+
+    return places
+
+
 @compiled
-def _walk(source, first, last, block, buffers, rounding, sums, only_rest):
+def _walk(source, first, last, block, buffers, rounding, places, sums, only_rest):
     """Whole vectors, with None as ``only_rest``, or what is left of the last block, less than a vector."""
-    values, taps, windows, words, others, factor, other_factor, offset, is_rectified, upper, kept_words, kept = source
-    out, unpooled = buffers
+    values, taps, windows, words, others, _, _, _, is_rectified, upper, kept_words, kept = source
+    out, unpooled, factor, other_factor, offset = buffers
     if rounding is not None:
-        low, high, inverse, zero, largest, stochastic, keys, plane = rounding
+        _, _, _, _, largest, stochastic, keys, plane = rounding
+        low, high, inverse, zero = places
     if sums is not None:
         first_sums, second_sums, partner, centre = sums
     bound, top = splat(upper), no_bits()
@@ -126,7 +175,7 @@ def _walk(source, first, last, block, buffers, rounding, sums, only_rest):
                 room = count - j
             v = load(unpooled, j, room) if taps.size > 0 else load(values, i, room)
             if words.size > 0:
-                v = keep(v, words[i // LANES])
+                v = keep(v, words, i, room)
             if others.size > 0:
                 w = load(others, i, room)
                 if offset.size > 0:
@@ -138,7 +187,7 @@ def _walk(source, first, last, block, buffers, rounding, sums, only_rest):
                 v = plus(times(v, load(factor, j, LANES)), load(offset, j, LANES))
             if is_rectified:
                 if kept_words.size > 0:
-                    kept_words[i // LANES] = inside(v, bound)
+                    keep_inside(kept_words, i, room, v, bound)
                 v = rectified(v, bound)
             if kept.size > 0:
                 store(kept, i, room, v)
@@ -160,44 +209,16 @@ def _walk(source, first, last, block, buffers, rounding, sums, only_rest):
 @compiled
 def compute_all(source, first, last, block):
     """Compute elements ``first`` to ``last`` for the sake of what the source keeps of them."""
-    walk(source, first, last, block, new_buffers(block), None, None)
-
-
-@compiled
-def square_sums(values, first, last, block, pivot):
-    """Sums of values and of their squares for each place of a block, pivots taken off."""
-    sums, partial = np.zeros((2, block)), np.zeros((2, block), np.float32)
-    sum_x, sum_xx = partial[0], partial[1]
-    for start in range(first, last, block):
-        _add_squares(values[start : start + min(block, last - start)], pivot, sum_x, sum_xx)
-        _flush(start - first, last - start, block, partial, sums)
-    return sums
+    walk(source, first, last, block, new_buffers(source, block), None, None)
 
 
 @compiled
 def product_sums(source, first, last, block, other, centre):
     """Sums of a source and of its product with centred values for each place of a block."""
-    sums, partial = np.zeros((2, block)), np.zeros((2, block), np.float32)
-    buffers, span = new_buffers(block), _FLUSHED * block
+    sums, partial = np.zeros((2, whole(block))), np.zeros((2, whole(block)), np.float32)
+    buffers, span, centres = new_buffers(source, block), _FLUSHED * block, tiled(centre, block)
     for start in range(first, last, span):
-        walk(source, start, min(start + span, last), block, buffers, None, (partial[0], partial[1], other, centre))
+        walk(source, start, min(start + span, last), block, buffers, None, (partial[0], partial[1], other, centres))
         sums += partial
         partial[:] = 0
-    return sums
-
-
-@compiled
-def _flush(done, left, block, partial, sums):
-    """Empty the float32 sums into float64 ones, every so many blocks and after the last."""
-    if left <= block or (done // block) % _FLUSHED == _FLUSHED - 1:
-        sums += partial
-        partial[:] = 0
-
-
-@compiled
-def _add_squares(x, pivot, first, second):
-    wide_vectors()
-    for i in range(x.size):
-        d = np.float32(x[i] - pivot[i])
-        first[i] += d
-        second[i] += np.float32(d * d)
+    return sums[:, :block]

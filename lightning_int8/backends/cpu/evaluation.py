@@ -9,34 +9,33 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends.cpu import elementwise
+from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.elementwise import Source
-from lightning_int8.backends.cpu.expression import MASK_BITS, Expression
+from lightning_int8.backends.cpu.expression import MASK_BITS, Expression, Term
 from lightning_int8.backends.cpu.threads import split_blocks
-from lightning_int8.backends.cpu.tile import tile
+from lightning_int8.backends.cpu.vectors import LANES
 
-_BLOCK = 4096  # elements: with their factors they fit the second-level cache, and hide what surrounds a block
-_NOTHING = np.empty(0, np.float32)
+_BLOCK = 1024  # elements: what belongs to each place of a block, factors and sums, fits the first-level cache
+_NOTHING, _NO_HALVES = np.empty(0, np.float32), np.empty(0, np.uint16)
 _NO_TAPS, _NO_WINDOWS, _NO_WORDS = np.empty(0, np.uint8), np.empty(0, np.int64), np.empty(0, np.uint16)
 
 
 def block_of(channels: int) -> int:
-    """Elements of a block: whole rows of channels, and whole words of a mask."""
-    unit = channels * MASK_BITS // gcd(channels, MASK_BITS)
+    """Elements of a block: whole rows of channels, and whole vectors."""
+    unit = channels * LANES // gcd(channels, LANES)
     return -(-_BLOCK // unit) * unit
 
 
-def source_of(expression: Expression, kept: Tensor | None, block: int | None = None) -> Source:
+def source_of(expression: Expression, kept: Tensor | None) -> Source:
     """The expression for compiled passes; its mask is made room for.
 
     Args:
         expression: Anything; one whose mask is known already does not compute it again.
-        kept: float32, flat, to be filled with the values; None where nobody wants them.
-        block: Elements of a block, a multiple of the channels; None for ``block_of`` them.
+        kept: In the dtype of the expression, to be filled with the values; None where nobody wants them.
     """
     first, *others = expression.checked().terms
     assert not any(t.is_gradient for t in others)
-    block = block or block_of(expression.shape[-1])
     taps, windows, words, kept_words = _NO_TAPS, _NO_WINDOWS, _NO_WORDS, _NO_WORDS
     if first.unpooled is not None:
         taps = first.unpooled.taps.view(-1).numpy()
@@ -48,53 +47,53 @@ def source_of(expression: Expression, kept: Tensor | None, block: int | None = N
         mask.words = empty(-(-prod(expression.shape) // MASK_BITS), dtype=torch.int16)
         mask.expression = None
         kept_words = mask.words.numpy().view(np.uint16)
+    nothing = _none_of(expression)
     return (
-        first.values.view(-1).numpy(),
+        as_array(first.values),
         taps,
         windows,
         words,
-        others[0].values.view(-1).numpy() if others else _NOTHING,
-        *_factors(expression, block),
+        as_array(others[0].values) if others else nothing,
+        *_factors(expression),
         expression.rectified,
         np.float32(expression.upper),
         kept_words,
-        _NOTHING if kept is None else kept.numpy(),
+        nothing if kept is None else as_array(kept),
     )
 
 
-def _factors(expression: Expression, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Factors of both terms, and the offset, for each element of a block; nothing where there is nothing to do."""
+def _none_of(expression: Expression) -> np.ndarray:
+    """No elements, in the form that the expression's have in memory: compiled passes know arrays by their type."""
+    return _NO_HALVES if expression.dtype == torch.bfloat16 else _NOTHING
+
+
+def _factors(expression: Expression) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Factors of both terms, and the offset, for each channel; nothing where there is nothing to do."""
     factors = [t.factor for t in expression.terms]
     if expression.offset is None and all(f is None for f in factors):
         return _NOTHING, _NOTHING, _NOTHING
-    one, zero = torch.ones(expression.shape[-1]), torch.zeros(expression.shape[-1])
-    first, second = (one if f is None else f for f in (*factors, None)[:2])
-    offset = zero if expression.offset is None else expression.offset
-    return tile(first, block), tile(second, block) if len(factors) > 1 else _NOTHING, tile(offset, block)
+    channels = expression.shape[-1]
+    first, second = (np.ones(channels, np.float32) if f is None else as_array(f) for f in (*factors, None)[:2])
+    offset = np.zeros(channels, np.float32) if expression.offset is None else as_array(expression.offset)
+    return first, second if len(factors) > 1 else _NOTHING, offset
 
 
 def evaluate(expression: Expression) -> Tensor:
-    """The values, float32, canonical."""
-    values = empty(*expression.shape)
-    source, block, count = source_of(expression, values.view(-1)), block_of(expression.shape[-1]), values.numel()
+    """The values in the dtype of the expression, canonical."""
+    values = empty(*expression.shape, dtype=expression.dtype)
+    source, block, count = source_of(expression, values), block_of(expression.shape[-1]), values.numel()
 
     split_blocks(lambda first, last: elementwise.compute_all(source, first, last, block), count, block)
     return values
 
 
 def moments(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, float64 ``(C,)``, of canonical float32 values."""
+    """Mean and biased variance of each channel, float64 ``(C,)``, of canonical values."""
     channels = values.shape[-1]
-    block, flat = block_of(channels), values.view(-1).numpy()
     # Sums of squares lose digits where the mean is far from 0; the first row is near enough.
-    pivot = values.view(-1, channels)[0].nan_to_num(0.0, 0.0, 0.0)
-    pivots = tile(pivot, block)
-
-    def work(first: int, last: int) -> np.ndarray:
-        return elementwise.square_sums(flat, first, last, block, pivots)
-
-    sums = sum(split_blocks(work, flat.size, block))
-    first, second = torch.from_numpy(sums).view(2, -1, channels).sum(1) * (channels / flat.size)
+    pivot = values.view(-1, channels)[0].float().nan_to_num(0.0, 0.0, 0.0)
+    sums = channel_sums(Expression((Term(values),), offset=-pivot), values, pivot)
+    first, second = sums * (channels / values.numel())
     return first + pivot.double(), (second - first * first).clamp(min=0.0)
 
 
@@ -103,7 +102,7 @@ def channel_sums(expression: Expression, other: Tensor | None, centre: Tensor | 
 
     Args:
         expression: e.
-        other: float32, canonical, contiguous; None for the first sum alone, the second is 0 then.
+        other: In the dtype of e, canonical, contiguous; None for the first sum alone, the second is 0 then.
         centre: float32 ``(C,)``.
 
     Returns:
@@ -111,9 +110,9 @@ def channel_sums(expression: Expression, other: Tensor | None, centre: Tensor | 
     """
     channels = expression.shape[-1]
     source, block = source_of(expression, None), block_of(channels)
-    others, centres = _NOTHING, _NOTHING
+    others, centres = _none_of(expression), _NOTHING
     if other is not None and centre is not None:
-        others, centres = other.view(-1).numpy(), tile(centre, block)
+        others, centres = as_array(other), as_array(centre)
 
     def work(first: int, last: int) -> np.ndarray:
         return elementwise.product_sums(source, first, last, block, others, centres)

@@ -81,7 +81,7 @@ class Term:
     """``factor · kept(values)``.
 
     Attributes:
-        values: float32, canonical, contiguous.
+        values: float32 or bfloat16, canonical, contiguous.
         factor: float32 ``(C,)``, or None for 1.
         mask: Elements to keep, all others count as 0; None keeps all.
         unpooled: The values are those of windows, to be put where their maxima were, and added there; or None.
@@ -111,10 +111,10 @@ class Term:
 
 
 class Expression:
-    """The sum of one or two terms and an offset, rectified or not.
+    """The sum of one or two terms and an offset, rectified or not; computed in float32, in memory as its terms are.
 
     Args:
-        terms: What is added; all of one shape, and only the first may have a mask or be unpooled.
+        terms: What is added; all of one shape and dtype, and only the first may have a mask or be unpooled.
         offset: float32 ``(C,)``, or None for 0.
         rectified: Whether negative sums become 0.
         upper: What larger sums become then; NaN for no bound.
@@ -132,7 +132,7 @@ class Expression:
         kept: bool = False,
     ) -> None:
         assert 1 <= len(terms) <= 2
-        assert all(t.values.is_contiguous() for t in terms)
+        assert all(t.values.is_contiguous() and t.values.dtype == terms[0].values.dtype for t in terms)
         self.terms = tuple(t if t.version >= 0 else replace(t, version=version_of(t.values)) for t in terms)
         self.offset = offset
         self.rectified = rectified
@@ -144,6 +144,11 @@ class Expression:
     def shape(self) -> torch.Size:
         """Canonical: ``(N, *spatial, C)``."""
         return self.terms[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32 or bfloat16."""
+        return self.terms[0].values.dtype
 
     @property
     def device(self) -> torch.device:
@@ -161,7 +166,7 @@ class Expression:
         return self.is_term and self.terms[0].is_plain
 
     def values(self) -> Tensor:
-        """float32 values, canonical; computed once."""
+        """Its values, canonical; computed once."""
         if not self.is_plain:
             self.computed(passes().evaluate(self))
         return self.checked().terms[0].values

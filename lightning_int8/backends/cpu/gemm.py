@@ -74,7 +74,7 @@ class Gemm:
         if scales is None:
             out.copy_(sums)
         elif SCALE is not None and _is_plain_int32(sums) and out.is_contiguous():
-            SCALE.scale_into(out, sums, *scales)
+            SCALE.scale_into(out, sums, scales.left, scales.right)
         else:
             torch.mul(sums.to(torch.float32).mul_(scales.left), scales.right, out=out)
 

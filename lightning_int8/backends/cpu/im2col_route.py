@@ -42,7 +42,7 @@ class Im2col(CorrelationRoute):
         for block in blocks(correlation.groups, channels, out_channels):
             matrix = block.weight(weight).movedim(0, -1).flatten(0, -2)  # (tap and channel, out)
             zero = None if weight.zero_point is None else block.out(weight.zero_point)
-            own_scales = scales and Scales(scales.left, block.out(scales.right))
+            own_scales = scales and scales._replace(right=block.out(scales.right))
             for samples in columns.chunks(block.in_count):
                 out = result[samples].flatten(0, -2)[:, block.outputs]
                 rows = columns.rows(samples, block.inputs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends.cpu import border, centre, implicit_gemm, panels
+from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.columns import window_tables
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets
@@ -53,7 +54,7 @@ def correlate(
         correlation: The windows.
         scales: See ``Scales``.
         targets: int64: where each position of a sample belongs in one of ``result``.
-        result: float32 with ``scales``, else int32; contiguous, its last axis is Co.
+        result: float32 or bfloat16 with ``scales``, else int32; contiguous, its last axis is Co.
     """
     assert data.is_contiguous()
     batch, channels = data.shape[0], data.shape[-1]
@@ -66,7 +67,7 @@ def correlate(
         with_axis, padding = (data, correlation.padding) if correlation.size else (data[:, None], ((0, 0),))
         source = border.pad(with_axis, padding, fill, True, QUAD)
     flat = source.as_strided((source.numel() + (0 if is_signed else QUAD),), (1,)).view(torch.uint8).numpy()
-    samples, out = (source.stride(0), result.stride(0)), result.view(-1).numpy()
+    samples, out = (source.stride(0), result.stride(0)), as_array(result)
     for block in blocks(correlation.groups, channels, len(weight)):
         inputs, own = block.inputs, block.weight(Plane(weight, torch.ones(())))
         shape = tuple(source.shape[1:]) if correlation.size else (channels,)
@@ -117,7 +118,9 @@ def _factors(scales: Scales | None, block: Block, columns: int) -> tuple[np.floa
 # --- grad_weight -----------------------------------------------------------------------------------------------------
 
 
-def grad_weight(g: Tensor, x: Tensor, zero: Tensor | None, correlation: Correlation, scales: Scales | None) -> Tensor:
+def grad_weight(
+    g: Tensor, x: Tensor, zero: Tensor | None, correlation: Correlation, scales: Scales | None, dtype: torch.dtype
+) -> Tensor:
     """The sums ``(Co, taps · C / groups)``, scaled if there are scales.
 
     Args:
@@ -126,9 +129,7 @@ def grad_weight(g: Tensor, x: Tensor, zero: Tensor | None, correlation: Correlat
         zero: Zero point of x ``()``, or None.
         correlation: The windows of x that g is about.
         scales: See ``Scales``.
-
-    Returns:
-        float32 with ``scales``, else int32.
+        dtype: float32 or bfloat16 with ``scales``, else int32.
     """
     assert g.is_contiguous()
     assert x.is_contiguous()
@@ -139,7 +140,6 @@ def grad_weight(g: Tensor, x: Tensor, zero: Tensor | None, correlation: Correlat
     results = []
     for block in blocks(correlation.groups, channels, out_channels):
         table = _panel_table(correlation, shape, block.inputs.start, block.inputs.stop)
-        dtype = torch.int32 if scales is None else torch.float32
         result = empty(block.out_count, int(table[:, 1].sum()), dtype=dtype)
         taken_off = np.zeros(block.out_count, np.int32)
         if zero is not None:
@@ -151,7 +151,7 @@ def grad_weight(g: Tensor, x: Tensor, zero: Tensor | None, correlation: Correlat
                 np.float32(left.item()) if left.dim() == 0 else left.contiguous().numpy(),
                 np.float32(scales.right.item()),
             )
-        _sum_over_positions(g, padded, block, positions, table, factors, taken_off, result.view(-1).numpy())
+        _sum_over_positions(g, padded, block, positions, table, factors, taken_off, as_array(result))
         results.append(block.diagonal(result))
     return results[0] if len(results) == 1 else torch.cat(results)
 

@@ -18,7 +18,10 @@ from numba import types
 from numba.extending import intrinsic
 
 from lightning_int8.backends.cpu.compiler import at, compiled
+from lightning_int8.backends.cpu.llvm import constant, load_lanes, place_in, splat_of, store_lanes
 from lightning_int8.backends.cpu.microkernel import (
+    FLOATS,
+    INTS,
     LANES,
     QUAD,
     ROWS,
@@ -27,7 +30,6 @@ from lightning_int8.backends.cpu.microkernel import (
     write_scaled,
     write_tile,
 )
-from lightning_int8.backends.cpu.vectors import FLOATS, INTS, constant, load_lanes, place_in, splat_of, store_lanes
 
 UNSIGNED = np.uint8(128)
 """Added to signed bytes it makes unsigned ones; as bits it is the sign, so exclusive or does."""
@@ -54,7 +56,7 @@ def correlate(
     first,
     last,
 ):
-    """Sums over windows for some positions, written as they are (int32) or scaled (float32).
+    """Sums over windows for some positions, written as they are (int32) or scaled (floats).
 
     Args:
         data: uint8, flat: data + 128, or the bytes of signed ones.
@@ -143,7 +145,7 @@ def grad_weight(left, right, pieces, quads, block, panels, part, scales, taken_o
         scales: (left, right): float32, left is a number or one for each channel.
         taken_off: int32: what else to take off the sums of a channel.
         sums: int32, at least ``(panels · rows · WIDTH)``, to work in.
-        out: flat, ``(channels, columns)``, int32 for the sums as they are, float32 for scaled ones.
+        out: flat, ``(channels, columns)``, int32 for the sums as they are, floats for scaled ones.
     """
     g, begin, left_step = left
     x, right_step = right

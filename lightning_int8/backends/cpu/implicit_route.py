@@ -1,6 +1,6 @@
 """Convolutions and matrix products by ``implicit_gemm``, on CPUs that have the instruction its kernel is made of.
 
-The three contractions are operators of their own, so that whoever watches operations sees INT8 products here as well.
+They are an operator of its own, so that whoever watches operations sees INT8 products here as well.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import (
     grid_offsets,
@@ -51,10 +52,12 @@ class Implicit(Route):
 
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
         """See ``Route.run``."""
-        operator = getattr(torch.ops.lightning_int8, f"implicit_conv_{contraction}")
         zero = (b if contraction == "grad_weight" else a).zero_point
-        left, right = (None, None) if scales is None else scales
-        return operator(a.data, b.data, *_numbers(geometry), zero, left, right)
+        how: tuple[list[Tensor], torch.dtype] = [], torch.int32
+        if scales is not None:
+            how = [scales.left, scales.right], scales.dtype if scales.dtype in FLOAT_DTYPES else torch.float32
+        operands = contraction, a.data, b.data, *_numbers(geometry), zero
+        return torch.ops.lightning_int8.implicit_conv(*operands, *how)
 
 
 def _longest(zero: Tensor | None) -> int:
@@ -81,7 +84,7 @@ def geometry_of(
     dilation: list[int],
     groups: int,
 ) -> ConvGeometry:
-    """The geometry of which the operators take the numbers."""
+    """The geometry of which the operator takes the numbers."""
     return ConvGeometry(
         input_size=tuple(input_size),
         kernel_size=tuple(kernel_size),
@@ -92,10 +95,11 @@ def geometry_of(
     )
 
 
-@torch.library.custom_op("lightning_int8::implicit_conv_output", mutates_args=(), device_types="cpu")
-def implicit_conv_output(
-    x: Tensor,
-    w: Tensor,
+@torch.library.custom_op("lightning_int8::implicit_conv", mutates_args=(), device_types="cpu")
+def implicit_conv(
+    contraction: str,
+    a: Tensor,
+    b: Tensor,
     input_size: list[int],
     kernel_size: list[int],
     stride: list[int],
@@ -103,53 +107,43 @@ def implicit_conv_output(
     dilation: list[int],
     groups: int,
     zero: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
+    scales: list[Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Output of int8 x ``(N, *in, C)`` and w ``(Co, *kernel, C / groups)``; x is contiguous, none is empty.
+    """A contraction of int8 operands, see ``Backend.accumulate``; none is empty, and all but w are contiguous.
 
     Args:
-        x: See above.
-        w: See above.
+        contraction: "output", "grad_input" or "grad_weight".
+        a: Left operand.
+        b: Right operand.
         input_size: See ``ConvGeometry``; padding is (before, after) axis by axis.
         kernel_size: Likewise.
         stride: Likewise.
         padding: Likewise.
         dilation: Likewise.
         groups: Likewise.
-        zero: Zero point of x, or None.
-        left: See ``Scales``; None for the sums.
-        right: Likewise.
-
-    Returns:
-        ``(N, *out, Co)``, float32 with scales, else int32.
+        zero: Zero point of the operand whose windows are read, x or else g; or None.
+        scales: Left and right, see ``Scales``; empty for the sums.
+        dtype: float32 or bfloat16 of scaled sums; int32 of the sums themselves, where a grad_weight may be int64.
     """
-    correlation = output_correlation(geometry_of(input_size, kernel_size, stride, padding, dilation, groups))
-    scales = _scales(left, right)
-    result = empty(len(x), *correlation.size, len(w), dtype=_dtype(scales))
+    geometry = geometry_of(input_size, kernel_size, stride, padding, dilation, groups)
+    return _COMPUTED[contraction](a, b, geometry, zero, Scales(*scales) if scales else None, dtype)
+
+
+def _output(
+    x: Tensor, w: Tensor, geometry: ConvGeometry, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype
+) -> Tensor:
+    correlation = output_correlation(geometry)
+    result = empty(len(x), *correlation.size, len(w), dtype=dtype)
     assert IMPLICIT is not None
     IMPLICIT.correlate(x, zero, w, correlation, scales, _grid(correlation.size, result.stride()[1:-1]), result)
     return result
 
 
-@torch.library.custom_op("lightning_int8::implicit_conv_grad_input", mutates_args=(), device_types="cpu")
-def implicit_conv_grad_input(
-    g: Tensor,
-    w: Tensor,
-    input_size: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    zero: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
+def _grad_input(
+    g: Tensor, w: Tensor, geometry: ConvGeometry, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype
 ) -> Tensor:
-    """grad_input ``(N, *in, C)`` of int8 g ``(N, *out, Co)``, contiguous, and w; see ``implicit_conv_output``."""
-    geometry = geometry_of(input_size, kernel_size, stride, padding, dilation, groups)
-    scales = _scales(left, right)
-    result = empty(len(g), *input_size, w.shape[-1] * groups, dtype=_dtype(scales))
+    result = empty(len(g), *geometry.input_size, w.shape[-1] * geometry.groups, dtype=dtype)
     residues = geometry.residues()
     reached = [r for r in residues if all(d.taps for d in r.dims)]
     if len(reached) < len(residues):
@@ -160,49 +154,29 @@ def implicit_conv_grad_input(
         steps = tuple(d.stride * s for d, s in zip(residue.dims, strides, strict=True))
         begin = sum(d.first * s for d, s in zip(residue.dims, strides, strict=True))
         targets = _grid(tuple(d.size for d in residue.dims), steps) + begin
-        weight = transposed_weight(Plane(w, torch.ones(())), residue, groups).data
-        IMPLICIT.correlate(g, zero, weight, residue_correlation(residue, groups), scales, targets, result)
+        weight = transposed_weight(Plane(w, torch.ones(())), residue, geometry.groups).data
+        IMPLICIT.correlate(g, zero, weight, residue_correlation(residue, geometry.groups), scales, targets, result)
     return result
 
 
-@torch.library.custom_op("lightning_int8::implicit_conv_grad_weight", mutates_args=(), device_types="cpu")
-def implicit_conv_grad_weight(
-    g: Tensor,
-    x: Tensor,
-    input_size: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    zero: Tensor | None,
-    left: Tensor | None,
-    right: Tensor | None,
+def _grad_weight(
+    g: Tensor, x: Tensor, geometry: ConvGeometry, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype
 ) -> Tensor:
-    """grad_weight ``(Co, *kernel, C / groups)`` of int8 g and x; without scales int64 where int32 may not do.
-
-    For the rest see ``implicit_conv_output``.
-    """
-    correlation = output_correlation(geometry_of(input_size, kernel_size, stride, padding, dilation, groups))
-    scales = _scales(left, right)
+    correlation = output_correlation(geometry)
     assert IMPLICIT is not None
     samples = _most_samples(zero, correlation.positions)
     if len(g) <= samples:
-        result = IMPLICIT.grad_weight(g, x, zero, correlation, scales)
+        result = IMPLICIT.grad_weight(g, x, zero, correlation, scales, dtype)
     else:
         parts = zip(g.split(samples), x.split(samples), strict=True)
-        result = torch.stack([IMPLICIT.grad_weight(*part, zero, correlation, None).long() for part in parts]).sum(0)
+        sums = [IMPLICIT.grad_weight(*part, zero, correlation, None, torch.int32).long() for part in parts]
+        result = torch.stack(sums).sum(0)
         if scales is not None:
-            result = result.to(torch.float32).mul_(scales.left.reshape(-1, 1)).mul_(scales.right)
-    return result.view(g.shape[-1], *kernel_size, -1)
+            result = result.to(torch.float32).mul_(scales.left.reshape(-1, 1)).mul_(scales.right).to(dtype)
+    return result.view(g.shape[-1], *geometry.kernel_size, -1)
 
 
-def _scales(left: Tensor | None, right: Tensor | None) -> Scales | None:
-    return None if left is None or right is None else Scales(left, right)
-
-
-def _dtype(scales: Scales | None) -> torch.dtype:
-    return torch.int32 if scales is None else torch.float32
+_COMPUTED = {"output": _output, "grad_input": _grad_input, "grad_weight": _grad_weight}
 
 
 @lru_cache(maxsize=1024)
@@ -213,25 +187,17 @@ def _grid(sizes: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
 # --- Fakes, self-check -----------------------------------------------------------------------------------------------
 
 
-@implicit_conv_output.register_fake
-def _(x: Tensor, w: Tensor, *numbers: Any) -> Tensor:
-    *of_geometry, _, left, right = numbers
-    return x.new_empty(len(x), *geometry_of(*of_geometry).output_size, len(w), dtype=_dtype(_scales(left, right)))
-
-
-@implicit_conv_grad_input.register_fake
-def _(g: Tensor, w: Tensor, input_size: list[int], *numbers: Any) -> Tensor:
-    *_, groups, _, left, right = numbers
-    return g.new_empty(len(g), *input_size, w.shape[-1] * groups, dtype=_dtype(_scales(left, right)))
-
-
-@implicit_conv_grad_weight.register_fake
-def _(g: Tensor, x: Tensor, input_size: list[int], kernel_size: list[int], *numbers: Any) -> Tensor:
-    *_, groups, zero, left, right = numbers
-    dtype = _dtype(_scales(left, right))
-    if dtype == torch.int32 and len(g) > _most_samples(zero, prod(g.shape[1:-1])):
+@implicit_conv.register_fake
+def _(contraction: str, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    *numbers, zero, _, dtype = rest
+    geometry = geometry_of(*numbers)
+    if contraction == "output":
+        return a.new_empty(len(a), *geometry.output_size, len(b), dtype=dtype)
+    if contraction == "grad_input":
+        return a.new_empty(len(a), *geometry.input_size, b.shape[-1] * geometry.groups, dtype=dtype)
+    if dtype == torch.int32 and len(a) > _most_samples(zero, prod(a.shape[1:-1])):
         dtype = torch.int64
-    return g.new_empty(g.shape[-1], *kernel_size, x.shape[-1] // groups, dtype=dtype)
+    return a.new_empty(a.shape[-1], *geometry.kernel_size, b.shape[-1] // geometry.groups, dtype=dtype)
 
 
 @cache

@@ -16,7 +16,12 @@ from numba import types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
 
-from lightning_int8.backends.cpu.vectors import FLOATS, INTS, LANES, operation, place_in, splat_of, store_lanes
+from lightning_int8.backends.cpu.llvm import operation, place_in, splat_of, store_floats, store_lanes
+
+LANES = 16
+"""Columns of a vector, which fills a register."""
+
+FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 
 ROWS = 6
 """Rows of a tile."""
@@ -128,14 +133,15 @@ def write_scaled(
 ) -> None:
     """Emit the end of a contraction: a vector of sums to ``out[o:]``, no more than there is room for.
 
-    An array of float32 takes fl(fl(fl(sums) · left) · right), one of int32 the sums.
+    An array of floats takes fl(fl(fl(sums) · left) · right), one of int32 the sums.
     """
-    name = f"v{LANES}i32"
-    if kind.dtype == types.float32:
-        sums, name = builder.sitofp(sums, FLOATS), f"v{LANES}f32"
-        for factor in factors:
-            sums = builder.fmul(sums, factor)
-    store_lanes(builder, sums, place_in(context, builder, kind, out, o, sums.type), room, name)
+    if kind.dtype == types.int32:
+        store_lanes(builder, sums, place_in(context, builder, kind, out, o, INTS), room, f"v{LANES}i32")
+        return
+    scaled = builder.sitofp(sums, FLOATS)
+    for factor in factors:
+        scaled = builder.fmul(scaled, factor)
+    store_floats(context, builder, kind, scaled, out, o, room)
 
 
 @intrinsic
@@ -156,7 +162,7 @@ def write_tile(
     out: Any,
     places: Any,
 ) -> Any:
-    """Products of ``ROWS`` rows and a panel, scaled to float32 or as they are, depending on the type of ``out``.
+    """Products of ``ROWS`` rows and a panel, scaled to floats or as they are, depending on the type of ``out``.
 
     Args:
         typing_context: Of numba.
@@ -172,7 +178,7 @@ def write_tile(
         c: First column.
         left: float32: result = fl(fl(fl(sum) · left) · right).
         right: float32, whole vectors, from ``right[c]`` on.
-        out: float32 or int32, flat.
+        out: Floats, see ``floats``, or int32, flat.
         places: int64: where column 0 of each row belongs, from ``places[i]`` on.
     """
 

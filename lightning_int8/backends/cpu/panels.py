@@ -18,9 +18,9 @@ from lightning_int8.backends.cpu.border import source_rows
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.correlation import grid_offsets
-from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH
+from lightning_int8.backends.cpu.llvm import constant, load_lanes, place_in, splat_of, store_lanes
+from lightning_int8.backends.cpu.microkernel import INTS, LANES, QUAD, ROWS, WIDTH
 from lightning_int8.backends.cpu.threads import split
-from lightning_int8.backends.cpu.vectors import INTS, constant, load_lanes, place_in, splat_of, store_lanes
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 

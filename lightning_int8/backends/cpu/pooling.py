@@ -6,11 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
 from lightning_int8.backends.cpu.elementwise import block_values, new_buffers
 from lightning_int8.backends.cpu.evaluation import source_of
 from lightning_int8.backends.cpu.expression import MASK_BITS, Expression, Windows
+from lightning_int8.backends.cpu.floats import put
 from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split
 
 
@@ -28,14 +30,14 @@ def max_pool(expression: Expression, windows: Windows) -> tuple[Tensor, Tensor]:
         windows: Of the same shape.
 
     Returns:
-        float32 and uint8 ``(N, *out, C)``.
+        ``(N, *out, C)`` in the dtype of the expression, and uint8.
     """
     samples, height, width, channels = expression.shape
-    source = source_of(expression, None, block=width * channels)
-    out = empty(samples, *windows.size, channels)
+    source = source_of(expression, None)
+    out = empty(samples, *windows.size, channels, dtype=expression.dtype)
     taps = empty(*out.shape, dtype=torch.uint8)
     geometry = np.array(windows.as_integers(), np.int64)
-    values, where = out.view(samples, -1).numpy(), taps.view(samples, -1).numpy()
+    values, where = as_array(out).reshape(samples, -1), taps.view(samples, -1).numpy()
 
     def work(first: int, last: int) -> None:
         _max_pool(source, first, last, geometry, values, where)
@@ -50,7 +52,7 @@ def _max_pool(source, first, last, windows, out, taps):
     height, width, channels, out_height, out_width = windows[0], windows[1], windows[2], windows[3], windows[4]
     kernel_h, kernel_w, stride_h, pad_h = windows[5], windows[6], windows[7], windows[9]
     length, out_length = width * channels, out_width * channels
-    buffers, sorted_row = new_buffers(length), np.empty((windows[8], length), np.float32)
+    buffers, sorted_row = new_buffers(source, length), np.empty((windows[8], length), np.float32)
     ring, columns = np.empty((kernel_h, out_length), np.float32), np.empty((kernel_h, out_length), np.int32)
     largest, which = np.empty(out_length, np.float32), np.empty(out_length, np.int32)
     for n in range(first, last):
@@ -120,5 +122,5 @@ def _take_larger(x, columns, tap, largest, which):
 def _put(largest, which, out, taps):
     wide_vectors()
     for i in range(out.size):
-        out[i] = largest[i]
+        put(out, i, largest[i])
         taps[i] = np.uint8(which[i])

@@ -5,6 +5,7 @@ Memory is walked in blocks that stay in cache: 16-bit floats are widened, expres
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,23 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
+from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
-from lightning_int8.backends.cpu.compiler import compiled
+from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
 from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, walk
 from lightning_int8.backends.cpu.evaluation import block_of, source_of
 from lightning_int8.backends.cpu.expression import Expression, Term
-from lightning_int8.backends.cpu.rounding import round_block, widen
+from lightning_int8.backends.cpu.floats import get
+from lightning_int8.backends.cpu.rounding import round_block
 from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split, split_blocks
-from lightning_int8.backends.cpu.tile import tile
 from lightning_int8.generator import mix_key
 from lightning_int8.numerics import (
     FLAG_BITS,
     FLAG_STEPS,
+    MIN_CLIP_VALUE,
     PLANE_BASE,
     Plane,
     Quantized,
-    affine_map,
     digits,
     largest_integer,
     plane_count,
@@ -42,90 +44,107 @@ _INFINITY = 0x7F800000  # bits of the smallest magnitude that is not finite
 
 def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
     """Quantize ``x``, see ``Backend.quantize``."""
-    m = affine_map(clip_value, spec.bits, spec.affine)
+    low, high, inverse, zero, scale = _map(as_array(clip_value), np.float32(largest_integer(spec.bits)), spec.affine)
+    own: Any = (low, high, inverse, zero) if axis is not None else (low[0], high[0], inverse[0], zero[0])
     planes = empty(plane_count(spec.bits), *x.shape, dtype=torch.int8)
-    zero = torch.zeros_like(m.scale) if m.zero is None else m.zero
-    maps = [v.to(torch.float32) for v in (m.low, m.high, m.inverse, zero)]
     keys = np.array(mix_key(*key.tolist()), dtype=np.uint32)
     if isinstance(x, Expression) and (x.is_plain or axis == 0):
         x = x.values()
     if isinstance(x, Expression):
-        top = _quantize_expression(x, maps, spec, axis, keys, planes)
+        top = _quantize_expression(x, own, spec, keys, planes)
     else:
         source = x.detach().contiguous()
         source = source.float() if source.dtype == torch.float16 else source
-        if source.dtype == torch.float32 and len(planes) == 1 and axis != 0 and source.dim() > 1:
-            top = _quantize_expression(Expression((Term(source),)), maps, spec, axis, keys, planes)
+        if len(planes) == 1 and axis != 0 and source.dim() > 1:
+            top = _quantize_expression(Expression((Term(source),)), own, spec, keys, planes)
         else:
-            top = _quantize(source, maps, spec, axis, keys, planes)
+            top = _quantize(source, own, spec, axis, keys, planes)
 
     # As in `numerics.from_integers`; the integers themselves have become planes already.
-    scale = m.scale if top < _INFINITY else torch.full_like(m.scale, torch.nan)
+    if top >= _INFINITY:
+        scale.fill(np.nan)
+    units = torch.from_numpy(scale) if axis is not None else torch.from_numpy(scale)[0]
     if spec.bits == FLAG_BITS:
-        return Quantized((Plane(planes[0], scale), Plane(planes[1], scale / FLAG_STEPS)), axis)
+        return Quantized((Plane(planes[0], units), Plane(planes[1], units / FLAG_STEPS)), axis)
     count = len(planes)
-    zeros = [None] * count if m.zero is None else digits(m.zero.to(torch.int32), count)
-    weights = [float(PLANE_BASE ** (count - 1 - p)) for p in range(count)]
-    made = (Plane(d, scale * w, z) for d, w, z in zip(planes.unbind(), weights, zeros, strict=True))
-    return Quantized(tuple(made), axis)
+    zeros: Sequence[Tensor | None] = [None] * count
+    if spec.affine:
+        zeros = digits(torch.from_numpy(zero).reshape(units.shape).to(torch.int32), count)
+    scales = [units * float(PLANE_BASE ** (count - 1 - p)) for p in range(count - 1)] + [units]
+    return Quantized(tuple(Plane(*parts) for parts in zip(planes.unbind(), scales, zeros, strict=True)), axis)
 
 
-def _quantize(
-    source: Tensor, maps: list[Tensor], spec: OperandSpec, axis: int | None, keys: np.ndarray, planes: Tensor
-) -> int:
-    """Fill ``planes``; return the bits of the largest magnitude, above ``_INFINITY`` where there is a NaN."""
-    flat = source.view(-1)
-    values = (flat.view(torch.int16) if source.dtype == torch.bfloat16 else flat).numpy()
+@compiled
+def _map(clip_value, largest, affine):
+    """``numerics.affine_map`` for each channel: low, high, inverse, zero (0 if symmetric) and scale, float32."""
+    count = clip_value.size // 2 if affine else clip_value.size
+    maps = np.empty((5, count), np.float32)
+    smallest, steps = np.float32(MIN_CLIP_VALUE), np.float32(2 * largest if affine else largest)
+    for c in range(count):
+        high = clip_value[count + c] if affine else clip_value[c]
+        low = -clip_value[c]
+        span = np.float32(high - low) if affine else high
+        span = smallest if span < smallest else span
+        if not affine:
+            low, high = -span, span
+        inverse = np.float32(steps / span)
+        zero = np.float32(0.0)
+        if affine:
+            zero = np.float32(np.rint(np.float32(-low * inverse)) - largest)
+            zero = np.float32(0.0) if zero != zero else min(max(zero, -largest), largest)
+        maps[0, c], maps[1, c], maps[2, c], maps[3, c] = low, high, inverse, zero
+        maps[4, c] = np.float32(span / steps) if np.abs(span) < np.inf else np.float32(np.nan)
+    return maps[0], maps[1], maps[2], maps[3], maps[4]
+
+
+def _quantize(source: Tensor, own: Any, spec: OperandSpec, axis: int | None, keys: np.ndarray, planes: Tensor) -> int:
+    """Fill ``planes``; return the bits of the largest magnitude, above ``_INFINITY`` where there is a NaN.
+
+    ``own`` is low, high, inverse and zero: numbers, or one for each channel.
+    """
+    values = as_array(source)
     out = planes.view(len(planes), -1).numpy()
     largest = np.float32(largest_integer(spec.bits))
     rest = (largest, spec.rounding == "stochastic", spec.bits == FLAG_BITS, keys)
-    own: tuple[Any, ...]  # numbers, or arrays
-    by_rows = axis == 0 and flat.numel() >= _SHORT_ROW * len(source)
+    by_rows = axis == 0 and values.size >= _SHORT_ROW * len(source)
     if axis is None:
         unit, block = 1, _BLOCK
-        own = tuple(np.float32(v.item()) for v in maps)
     elif by_rows:
-        unit, block = flat.numel() // len(source), _BLOCK
-        own = tuple(v.expand(len(source)).contiguous().numpy() for v in maps)
+        unit, block = values.size // len(source), _BLOCK
     elif axis == 0:
         # A call per row would cost more than the row: one call, with the maps written out for every element.
-        unit = block = flat.numel()
-        own = tuple(v.expand(len(source)).repeat_interleave(unit // len(source)).numpy() for v in maps)
+        unit = block = values.size
+        own = tuple(np.repeat(v, unit // len(source)) for v in own)
     else:
         unit = source.shape[-1]
         repeats = -(-_BLOCK // unit)
         block = repeats * unit
-        own = tuple(tile(v.expand(unit), block) for v in maps)
+        own = tuple(np.tile(v, repeats) for v in own)
 
     def work(start: int, stop: int) -> int:
         if by_rows:
             return _rows(values, start, stop, unit, *own, *rest, block, out)
         return _segment(values, start * unit, stop * unit, *own, *rest, block, out)
 
-    return max(split(work, flat.numel() // unit, -(-SMALLEST_PIECE // unit)))
+    return max(split(work, values.size // unit, -(-SMALLEST_PIECE // unit)))
 
 
-def _quantize_expression(
-    expression: Expression, maps: list[Tensor], spec: OperandSpec, axis: int | None, keys: np.ndarray, planes: Tensor
-) -> int:
+def _quantize_expression(expression: Expression, own: Any, spec: OperandSpec, keys: np.ndarray, planes: Tensor) -> int:
     """``_quantize`` of elements that are computed on the way, one scale for all or one per channel."""
-    values = empty(*expression.shape) if expression.kept else None
-    source = source_of(expression, None if values is None else values.view(-1))
+    values = empty(*expression.shape, dtype=expression.dtype) if expression.kept else None
+    source = source_of(expression, values)
     channels, count = expression.shape[-1], planes[0].numel()
     block = block_of(channels)
-    own: tuple[Any, ...]
-    if axis is None:
-        own = tuple(np.float32(v.item()) for v in maps)
-    else:
-        own = tuple(tile(v.expand(channels), block) for v in maps)
     out = planes.view(len(planes), -1).numpy()
     largest, stochastic = np.float32(largest_integer(spec.bits)), spec.rounding == "stochastic"
+    if len(out) > 1 and isinstance(own[0], np.ndarray):
+        own = tuple(np.tile(v, block // channels) for v in own)
 
     def work(first: int, last: int) -> int:
         if len(out) > 1:
             return _segment(source, first, last, *own, largest, stochastic, spec.bits == FLAG_BITS, keys, block, out)
         rounding = (*own, largest, stochastic, keys, out[0])
-        return walk(source, first, last, block, new_buffers(block), rounding, None)
+        return walk(source, first, last, block, new_buffers(source, block), rounding, None)
 
     top = max(split_blocks(work, count, block))
     if values is not None:
@@ -149,7 +168,7 @@ def _segment(values, first, last, low, high, inverse, zero, largest, stochastic,
     """Elements ``first`` to ``last``; maps are scalars, or arrays as long as a block."""
     words = np.empty(block // 2 + 1, np.uint32)
     integers = np.empty(block, np.int32)
-    buffers = new_buffers(block)
+    buffers = _buffers_of(values, block)
     top = np.int32(0)
     for start in range(first, last, block):
         x = _as_float32(values, start, min(block, last - start), buffers)
@@ -157,6 +176,18 @@ def _segment(values, first, last, low, high, inverse, zero, largest, stochastic,
         found = round_block(x, start, low, high, inverse, zero, largest, how, words, integers, planes[:, start:])
         top = max(top, found)
     return top
+
+
+def _buffers_of(values, block):
+    """Buffers of a source, or one to widen floats in."""
+    raise NotImplementedError("only compiled passes call this")
+
+
+@overload(_buffers_of)
+def _buffers_for(values, block):
+    if isinstance(values, types.BaseTuple):
+        return lambda values, block: new_buffers(values, block)
+    return lambda values, block: np.empty(block, np.float32)
 
 
 def _as_float32(values, start, count, buffers):
@@ -172,7 +203,14 @@ def _as_float32_of(values, start, count, buffers):
         return lambda values, start, count, buffers: values[start : start + count]
 
     def widened(values, start, count, buffers):
-        widen(values[start : start + count], buffers[0].view(np.int32))
-        return buffers[0][:count]
+        _widen(values[start : start + count], buffers)
+        return buffers[:count]
 
     return widened
+
+
+@compiled
+def _widen(values, out):
+    wide_vectors()
+    for i in range(values.size):
+        out[i] = get(values, i)

@@ -59,14 +59,6 @@ def round_block(x, start, low, high, inverse, zero, largest, how, words, integer
 
 
 @compiled
-def widen(bits, out):
-    """bfloat16 to float32, both as their bits."""
-    wide_vectors()
-    for i in range(bits.size):
-        out[i] = np.int32(bits[i]) << 16
-
-
-@compiled
 def _draw(first, k0, k1, words):
     """The random words of elements from ``2 · first`` on, see ``generator.random_bits``."""
     wide_vectors()

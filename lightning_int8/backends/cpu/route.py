@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lightning_int8.geometry import ConvGeometry
@@ -12,15 +13,17 @@ from lightning_int8.numerics import Plane
 
 
 class Scales(NamedTuple):
-    """The factors of a result: fl(fl(fl(sum) · left) · right) in float32.
+    """What becomes of sums: fl(fl(fl(sum) · left) · right) in float32, rounded to ``dtype``.
 
     Attributes:
         left: float32 ``()``; of a grad_weight it may be ``(Co,)``.
         right: float32 ``()``; of an output or a grad_input it may be one per channel of the result.
+        dtype: Of the result; a route may leave the rounding to whoever calls it, and return float32.
     """
 
     left: Tensor
     right: Tensor
+    dtype: torch.dtype = torch.float32
 
 
 class Route(ABC):
@@ -39,8 +42,8 @@ class Route(ABC):
 
     @abstractmethod
     def supports(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> bool:
-        """Whether the route can compute this contraction exactly, as scaled float32 or as integer sums."""
+        """Whether the route can compute this contraction exactly, as scaled floats or as integer sums."""
 
     @abstractmethod
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
-        """One contraction of one pair of planes, see ``Backend.accumulate``; scaled to float32 with ``scales``."""
+        """One contraction of one pair of planes, see ``Backend.accumulate``; floats with ``scales``."""

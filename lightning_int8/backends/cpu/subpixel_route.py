@@ -65,7 +65,7 @@ class Subpixel(CorrelationRoute):
                     own = own.narrow(axis, dim.offset - start, len(dim.taps))
                 own.copy_(transposed_weight(b, residue, groups=1).data)
         if scales is not None and scales.right.dim():
-            scales = Scales(scales.left, scales.right.repeat(len(residues)))
+            scales = scales._replace(right=scales.right.repeat(len(residues)))
         stacked = self._direct.correlate(a, Plane(weight.flatten(0, 1), b.scale), merged, scales)
         return _spread(stacked, geometry, channels)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
+from lightning_int8.backends.cpu.floats import get
 
 
 @compiled
@@ -12,7 +13,7 @@ def unpool(gradient, taps, windows, start, count, out):
     """Elements ``start`` to ``start + count`` of the gradient of the windows' input; whole positions.
 
     Args:
-        gradient: float32, flat ``(N, *out, C)``.
+        gradient: Floats, see ``floats``, flat ``(N, *out, C)``.
         taps: uint8, as ``gradient``: the tap of each window, in row-major order, that had the maximum.
         windows: int64: height, width and channels of the input, height and width of the output, then kernel, stride and
             padding in both directions.
@@ -48,4 +49,4 @@ def _clear(out):
 def _add_where(gradient, taps, tap, out):
     wide_vectors()
     for i in range(out.size):
-        out[i] += gradient[i] if taps[i] == tap else np.float32(0.0)
+        out[i] += get(gradient, i) if taps[i] == tap else np.float32(0.0)

@@ -1,4 +1,4 @@
-"""Vectors rounded to integers: the numbers of ``rounding``, sixteen at a time."""
+"""Vectors rounded to integers: the numbers of ``rounding``, some at a time."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from lightning_int8.backends.cpu.vectors import (
-    FLOATS,
-    INTS,
-    LANES,
-    constant,
-    floats,
-    operation,
-    place_in,
-    splat_of,
-    store_lanes,
-)
+from lightning_int8.backends.cpu.llvm import constant, operation, place_in, splat_of, store_lanes
+from lightning_int8.backends.cpu.vectors import FLOATS, INTS, LANES, floats
 from lightning_int8.generator import HASH_MULTIPLIERS, RANDOM_BITS
 
 _HALVES = ir.VectorType(ir.IntType(32), LANES // 2)

@@ -1,7 +1,8 @@
-"""Sixteen elements at a time, in a register: what a pass over an expression does to them in one go.
+"""Some elements at a time, in registers: what a pass over an expression does to them in one go.
 
 The compiler vectorizes loops of a few operations; of a pass that masks, scales, adds, rectifies and rounds it makes one
-loop after the other, each through memory. With vectors as values the whole pass is one loop.
+loop after the other, each through memory. With vectors as values the whole pass is one loop. A vector takes several
+registers, so that what the loop asks about the expression is asked less often.
 """
 
 from __future__ import annotations
@@ -10,16 +11,26 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
+from lightning_int8.backends.cpu.compiler import HAS_AVX512
 from lightning_int8.backends.cpu.expression import MASK_BITS
+from lightning_int8.backends.cpu.llvm import (
+    constant,
+    load_floats,
+    load_lanes,
+    place_in,
+    splat_of,
+    store_floats,
+    store_lanes,
+)
 
-LANES = MASK_BITS
-"""Elements of a vector: as many as a word of a mask has bits."""
+LANES = 64 if HAS_AVX512 else 16
+"""Elements of a vector."""
 
 FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 _BITS, _INDEX = ir.VectorType(ir.IntType(1), LANES), ir.IntType(32)
+_WORDS = ir.VectorType(ir.IntType(MASK_BITS), LANES // MASK_BITS)
 
 
 class _Floats(types.Type):
@@ -51,89 +62,23 @@ class _IntsModel(models.PrimitiveModel):
         super().__init__(manager, kind, INTS)
 
 
-def constant(kind: Any, value: Any) -> Any:
-    """A vector of a kind of LLVM's with one value in every lane."""
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def splat_of(builder: Any, value: Any, kind: Any) -> Any:
-    """Likewise, of a value that the pass computes."""
-    nothing = ir.Constant(kind, ir.Undefined)
-    first = builder.insert_element(nothing, value, _INDEX(0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(ir.VectorType(_INDEX, kind.count), [0] * kind.count))
-
-
-def place_in(context: Any, builder: Any, kind: Any, array: Any, index: Any, vector: Any) -> Any:
-    """Pointer to a vector of the array from the index on."""
-    data = cgutils.create_struct_proxy(kind)(context, builder, array).data
-    return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
-
-
-def operation(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
-    """The result of an operation of LLVM by its name."""
-    kind = ir.FunctionType(result, [a.type for a in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
-
-
-def _first_lanes(builder: Any, room: Any, count: int) -> Any:
-    """A bit for each of ``count`` lanes that is below ``room``, which is less than their number."""
-    bits = builder.sub(builder.shl(room.type(1), room), room.type(1))
-    word = ir.IntType(count)
-    return builder.bitcast(
-        bits if bits.type == word else builder.trunc(bits, word), ir.VectorType(ir.IntType(1), count)
-    )
-
-
-def _has_room(builder: Any, room: Any, count: int) -> Any:
-    """Whether there is room for all lanes; but for the end of an array there always is."""
-    return builder.icmp_signed(">=", room, room.type(count))
-
-
-def load_lanes(builder: Any, place: Any, room: Any, kind: Any, name: str) -> Any:
-    """A vector; of its lanes no more than there is room for are read, the others are 0. ``name`` is LLVM's for it."""
-    with builder.if_else(_has_room(builder, room, kind.count), likely=True) as (whole, part):
-        with whole:
-            all_lanes, of_whole = builder.load(place, align=1), builder.block
-        with part:
-            arguments = place, _INDEX(1), _first_lanes(builder, room, kind.count), ir.Constant(kind, None)
-            some_lanes = operation(builder, f"llvm.masked.load.{name}.p0", kind, *arguments)
-            of_part = builder.block
-    v = builder.phi(kind)
-    v.add_incoming(all_lanes, of_whole)
-    v.add_incoming(some_lanes, of_part)
-    return v
-
-
-def store_lanes(builder: Any, v: Any, place: Any, room: Any, name: str) -> None:
-    """Write a vector; of its lanes no more than there is room for."""
-    with builder.if_else(_has_room(builder, room, v.type.count), likely=True) as (whole, part):
-        with whole:
-            builder.store(v, place, align=1)
-        with part:
-            arguments = v, place, _INDEX(1), _first_lanes(builder, room, v.type.count)
-            operation(builder, f"llvm.masked.store.{name}.p0", ir.VoidType(), *arguments)
-
-
 @intrinsic
 def load(typing_context: Any, x: Any, i: Any, room: Any) -> Any:
-    """``x[i : i + LANES]`` of float32; no more than ``room`` elements are read, the other lanes are 0."""
+    """``x[i : i + LANES]`` of floats, see ``floats``; no more than ``room`` are read, the other lanes are 0."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, i, room = arguments
-        place = place_in(context, builder, signature.args[0], x, i, FLOATS)
-        return load_lanes(builder, place, room, FLOATS, f"v{LANES}f32")
+        return load_floats(context, builder, signature.args[0], *arguments, LANES)
 
     return floats(x, types.int64, types.int64), generate
 
 
 @intrinsic
 def store(typing_context: Any, out: Any, i: Any, room: Any, v: Any) -> Any:
-    """``out[i : i + LANES] = v``, no more than ``room`` elements."""
+    """``out[i : i + LANES] = v`` of floats, rounded if need be; no more than ``room`` elements."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         out, i, room, v = arguments
-        place = place_in(context, builder, signature.args[0], out, i, FLOATS)
-        store_lanes(builder, v, place, room, f"v{LANES}f32")
+        store_floats(context, builder, signature.args[0], v, out, i, room)
         return context.get_dummy_value()
 
     return types.void(out, types.int64, types.int64, v), generate
@@ -180,26 +125,38 @@ def times(typing_context: Any, v: Any, w: Any) -> Any:
 
 
 @intrinsic
-def keep(typing_context: Any, v: Any, word: Any) -> Any:
-    """The lanes whose bit is set, 0 for the others."""
+def keep(typing_context: Any, v: Any, words: Any, i: Any, room: Any) -> Any:
+    """The lanes whose bit is set, 0 for the others; the bits of a mask, see ``Mask``, from element ``i`` on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v, word = arguments
-        return builder.select(builder.bitcast(word, _BITS), v, constant(FLOATS, 0.0))
+        v, words, i, room = arguments
+        place, own_room = _words_at(context, builder, signature.args[1], words, i, room)
+        bits = builder.bitcast(load_lanes(builder, place, own_room, _WORDS, f"v{_WORDS.count}i{MASK_BITS}"), _BITS)
+        return builder.select(bits, v, constant(FLOATS, 0.0))
 
-    return floats(v, types.uint16), generate
+    return floats(v, words, types.int64, types.int64), generate
 
 
 @intrinsic
-def inside(typing_context: Any, v: Any, upper: Any) -> Any:
-    """A bit for each lane that is above 0 and below the bound, or no number; a bound that is none bounds nothing."""
+def keep_inside(typing_context: Any, words: Any, i: Any, room: Any, v: Any, upper: Any) -> Any:
+    """Set the bits of lanes above 0 and below the bound, or no number; a bound that is none bounds nothing."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        v, upper = arguments
+        words, i, room, v, upper = arguments
         above = builder.fcmp_unordered(">", v, constant(FLOATS, 0.0))
-        return builder.bitcast(builder.and_(above, builder.fcmp_unordered("<", v, upper)), ir.IntType(LANES))
+        bits = builder.bitcast(builder.and_(above, builder.fcmp_unordered("<", v, upper)), _WORDS)
+        place, own_room = _words_at(context, builder, signature.args[0], words, i, room)
+        store_lanes(builder, bits, place, own_room, f"v{_WORDS.count}i{MASK_BITS}")
+        return context.get_dummy_value()
 
-    return types.uint16(v, upper), generate
+    return types.void(words, types.int64, types.int64, v, upper), generate
+
+
+def _words_at(context: Any, builder: Any, kind: Any, words: Any, i: Any, room: Any) -> tuple[Any, Any]:
+    """Pointer to the words of elements from ``i`` on, a multiple of their bits, and how many there is room for."""
+    bits = i.type(MASK_BITS)
+    place = place_in(context, builder, kind, words, builder.sdiv(i, bits), _WORDS)
+    return place, builder.sdiv(builder.add(room, i.type(MASK_BITS - 1)), bits)
 
 
 @intrinsic
