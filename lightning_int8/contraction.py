@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_int8.backends import Backend, Counts, backend_for
 from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES
 from lightning_int8.backends.cpu.expression import Expression, Term
+from lightning_int8.backends.form import Form
 from lightning_int8.clock import Clock
 from lightning_int8.fusion import Deferred
 from lightning_int8.geometry import ConvGeometry
@@ -165,8 +166,11 @@ class _Contraction(torch.autograd.Function):
             source, w = _canonical(x, geometry, backend), _canonical(weight, geometry, backend)
             qx = planes.of(operands["output.lhs"], source, keys)
             qw = planes.of(operands["output.rhs"], w, keys)
-            adds_bias = bias is not None and not defers
-            y = backend.output(qx, qw, geometry, state.counts, torch.float32 if adds_bias else dtype)
+            adds_bias, wants_moments = bias is not None and not defers, bias is None and defers and training
+            # A convolution without a bias is mostly one before a batch norm.
+            moments = torch.full((2, len(weight)), torch.nan, dtype=torch.float64) if wants_moments else None
+            form = Form(torch.float32 if adds_bias else dtype, moments)
+            y = backend.output(qx, qw, geometry, state.counts, form)
             if adds_bias:
                 y = (y + bias.float()).to(dtype)
             saved_w = planes.of(operands["grad_input.rhs"], w, keys) if needs_x else None
@@ -179,7 +183,9 @@ class _Contraction(torch.autograd.Function):
             return y
         if defers:
             offset = None if bias is None else bias.detach().float().clone()  # the optimizer changes it in place
-            return Deferred(Expression((Term(y),), offset), channels_last)
+            if moments is not None and bool(moments[1, 0].isnan()):
+                moments = None  # not by this backend or route, or of what is no number
+            return Deferred(Expression((Term(y),), offset, moments=moments), channels_last)
         # `.data`, since autograd must not take the output for a view.
         return y.movedim(-1, 1).data if channels_last else y.movedim(-1, 1).contiguous()
 
@@ -201,10 +207,10 @@ class _Contraction(torch.autograd.Function):
             g = _canonical(grad_output, ctx.geometry, backend)
             if saved_w is not None:
                 qg = planes.of(operands["grad_input.lhs"], g, ctx.keys)
-                grad_x = backend.grad_input(qg, saved_w, ctx.geometry, state.counts, x_dtype)
+                grad_x = backend.grad_input(qg, saved_w, ctx.geometry, state.counts, Form(x_dtype))
             if saved_x is not None:
                 qg = planes.of(operands["grad_weight.lhs"], g, ctx.keys)
-                grad_w = backend.grad_weight(qg, saved_x, ctx.geometry, state.counts, w_dtype)
+                grad_w = backend.grad_weight(qg, saved_x, ctx.geometry, state.counts, Form(w_dtype))
             if ctx.needs_input_grad[2]:
                 grad_bias = _channel_sums(g).to(bias_dtype)
         if ctx.geometry is not None:

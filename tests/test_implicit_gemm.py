@@ -191,7 +191,8 @@ def test_operators_have_fakes():
     scales = [torch.tensor(0.3), torch.tensor(0.2)]
     for contraction, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
         for how in (([], torch.int32), (scales, torch.float32), (scales, torch.bfloat16)):
-            arguments = contraction, a, b, *numbers, None, *how
+            moments = torch.full((2, 6), torch.nan, dtype=torch.float64) if contraction == "output" and how[0] else None
+            arguments = contraction, a, b, *numbers, None, *how, moments
             operator = torch.ops.lightning_int8.implicit_conv
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_int8 import measures, numerics
 from lightning_int8.backends.cpu.expression import Expression, values_of
+from lightning_int8.backends.form import FLOAT32, Form
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.magnitudes import STATISTICS, Statistics
 from lightning_int8.measures import QuantizationError
@@ -110,11 +111,11 @@ class Backend(ABC):
         i: int,
         j: int,
         geometry: ConvGeometry | None,
-        dtype: torch.dtype,
+        form: Form,
     ) -> Tensor:
         """fl(fl(fl(sums) · scale_lhs) · scale_rhs) of planes ``a[i]`` and ``b[j]``; see ``accumulate``.
 
-        In float32, or in ``dtype`` where that takes no pass of its own.
+        As ``form`` wants it where that takes no pass of its own, else in float32.
         """
         sums = self.accumulate(contraction, a.planes[i], b.planes[j], geometry)
         left, right = output_scales(contraction, a, b, i, j, geometry, sums.dim())
@@ -126,10 +127,10 @@ class Backend(ABC):
         w: Quantized,
         geometry: ConvGeometry | None,
         counts: Counts,
-        dtype: torch.dtype = torch.float32,
+        form: Form = FLOAT32,
     ) -> Tensor:
-        """x · w in ``dtype``, canonical order."""
-        return self._contract("output", x, w, geometry, counts, dtype).to(dtype)
+        """x · w in the dtype of ``form``, canonical order."""
+        return self._contract("output", x, w, geometry, counts, form).to(form.dtype)
 
     def grad_input(
         self,
@@ -137,10 +138,10 @@ class Backend(ABC):
         w: Quantized,
         geometry: ConvGeometry | None,
         counts: Counts,
-        dtype: torch.dtype = torch.float32,
+        form: Form = FLOAT32,
     ) -> Tensor:
-        """g · w in ``dtype``, canonical order."""
-        return self._contract("grad_input", g, w, geometry, counts, dtype).to(dtype)
+        """g · w in the dtype of ``form``, canonical order."""
+        return self._contract("grad_input", g, w, geometry, counts, form).to(form.dtype)
 
     def grad_weight(
         self,
@@ -148,10 +149,10 @@ class Backend(ABC):
         x: Quantized,
         geometry: ConvGeometry | None,
         counts: Counts,
-        dtype: torch.dtype = torch.float32,
+        form: Form = FLOAT32,
     ) -> Tensor:
-        """g · x in ``dtype``, canonical order."""
-        return self._contract("grad_weight", g, x, geometry, counts, dtype).to(dtype)
+        """g · x in the dtype of ``form``, canonical order."""
+        return self._contract("grad_weight", g, x, geometry, counts, form).to(form.dtype)
 
     def _contract(
         self,
@@ -160,14 +161,14 @@ class Backend(ABC):
         b: Quantized,
         geometry: ConvGeometry | None,
         counts: Counts,
-        dtype: torch.dtype,
+        form: Form,
     ) -> Tensor:
-        """The contraction in float32 or, likewise, in ``dtype``, to which it is rounded once."""
+        """The contraction, see ``scaled``; several products are added in float32."""
         assert contraction in CONTRACTIONS
         pairs = plane_pairs(a, b)
         total: Tensor | None = None
         for i, j in pairs:
-            scaled = self.scaled(contraction, a, b, i, j, geometry, dtype if len(pairs) == 1 else torch.float32)
+            scaled = self.scaled(contraction, a, b, i, j, geometry, form if len(pairs) == 1 else FLOAT32)
             counts[self.name, contraction] += 1
             total = scaled if total is None else total.add_(scaled)
         assert total is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_int8.backends.base import Backend, Counts, plane_pairs
 from lightning_int8.backends.cpu.expression import Expression, values_of
+from lightning_int8.backends.form import Form
 from lightning_int8.backends.reference import Reference
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.kernels import operators
@@ -72,10 +73,10 @@ class CuPy(Backend):
         b: Quantized,
         geometry: ConvGeometry | None,
         counts: Counts,
-        dtype: torch.dtype,
+        form: Form,
     ) -> Tensor:
         if not all(fits(q.planes[0].data) for q in (a, b)):
-            return _too_large()._contract(contraction, a, b, geometry, counts, dtype)
+            return _too_large()._contract(contraction, a, b, geometry, counts, form)
         total: Tensor | None = None
         for i, j in plane_pairs(a, b):
             total = self._product(contraction, a.planes[i], b.planes[j], geometry, total, scaled=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from lightning_int8.backends import int_matmul
@@ -20,6 +19,7 @@ from lightning_int8.backends.cpu.implicit_route import Implicit
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Route, Scales
 from lightning_int8.backends.cpu.subpixel_route import Subpixel
+from lightning_int8.backends.form import Form
 from lightning_int8.backends.int_matmul import MatMul
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.measures import QuantizationError
@@ -100,13 +100,13 @@ class OneDNN(Backend):
         i: int,
         j: int,
         geometry: ConvGeometry | None,
-        dtype: torch.dtype,
+        form: Form,
     ) -> Tensor:
         """See ``Backend.scaled``; scales are applied while sums are in cache, where the route can."""
         assert self.exact, "the self-check found no exact INT8 product"
         left, right = a.planes[i], b.planes[j]
         geometry = geometry or _PRODUCT
-        scales = _scales(contraction, left, b, j, geometry, dtype)
+        scales = _scales(contraction, left, b, j, geometry, form)
         if scales is None:
             sums = self.accumulate(contraction, left, right, geometry)
             return scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim()))
@@ -119,13 +119,13 @@ class OneDNN(Backend):
         b: Quantized,
         geometry: ConvGeometry | None,
         counts: Counts,
-        dtype: torch.dtype,
+        form: Form,
     ) -> Tensor:
-        total = super()._contract(contraction, a, b, geometry, counts, dtype)
+        total = super()._contract(contraction, a, b, geometry, counts, form)
         if contraction not in counts.routes:
             left, right = a.planes[0], b.planes[0]
             geometry = geometry or _PRODUCT
-            scales = _scales(contraction, left, b, 0, geometry, dtype)
+            scales = _scales(contraction, left, b, 0, geometry, form)
             counts.routes[contraction] = self._choice.pick(contraction, left, right, geometry, scales).name
         return total
 
@@ -135,12 +135,10 @@ def make() -> OneDNN:
     return OneDNN(int_matmul.exact_matmul())
 
 
-def _scales(
-    contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvGeometry, dtype: torch.dtype
-) -> Scales | None:
+def _scales(contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvGeometry, form: Form) -> Scales | None:
     """The factors that a route applies; None where those of a grad_weight differ by column."""
     right = b.planes[j].scale
     if contraction == "grad_weight" and b.axis is not None:
         return None
     by_group = contraction == "grad_input" and b.axis is not None
-    return Scales(left.scale, right.repeat(geometry.groups) if by_group else right, dtype)
+    return Scales(left.scale, right.repeat(geometry.groups) if by_group else right, form.dtype, form.moments)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_int8.backends.base import Backend, Counts, output_scales, plane_pairs
+from lightning_int8.backends.form import Form
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane, Quantized, along
 
@@ -39,10 +40,10 @@ class Reference(Backend):
         b: Quantized,
         geometry: ConvGeometry | None,
         counts: Counts,
-        dtype: torch.dtype,
+        form: Form,
     ) -> Tensor:
         if len(a.planes) == len(b.planes) == 1:
-            return super()._contract(contraction, a, b, geometry, counts, dtype)
+            return super()._contract(contraction, a, b, geometry, counts, form)
         total: Tensor | float = 0.0
         for i, j in plane_pairs(a, b):
             sums = self.accumulate(contraction, a.planes[i], b.planes[j], geometry)

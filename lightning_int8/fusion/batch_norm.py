@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_int8.backends.cpu.expression import Expression, Term, passes
+from lightning_int8.backends.cpu.expression import Expression, Term, normalization, passes
 from lightning_int8.fusion.deferred import Deferred, fuses, plain_term
 
 
@@ -52,9 +52,10 @@ class _BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Deferred:
-        values = x.source().values()
+        source = x.source()
+        values, moments = source.values(), source.moments
         if training:
-            mean, var = passes().moments(values)
+            mean, var = passes().moments(values) if moments is None else moments
             if running_mean is not None and running_var is not None:
                 count = values.numel() // values.shape[-1]
                 running_mean.lerp_(mean.float(), momentum)
@@ -63,38 +64,36 @@ class _BatchNorm(torch.autograd.Function):
             assert running_mean is not None
             assert running_var is not None
             mean, var = running_mean.double(), running_var.double()
-        inverse = (var + eps).rsqrt()
+        ctx.mean = mean.numpy()
+        ctx.inverse, factor, offset = normalization().affine(ctx.mean, var.numpy(), eps, weight, bias)
         ctx.save_for_backward(values, weight)
-        ctx.mean, ctx.inverse, ctx.training, ctx.channels_last = mean, inverse, training, x.channels_last
+        ctx.training, ctx.channels_last = training, x.channels_last
         ctx.set_materialize_grads(False)
-        factor = _factor(inverse, weight)
-        offset = -mean * factor if bias is None else bias.double() - mean * factor
-        return Deferred(Expression((Term(values, factor.float()),), offset.float()), x.channels_last)
+        term = Term(values, torch.from_numpy(factor))
+        return Deferred(Expression((term,), torch.from_numpy(offset)), x.channels_last)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Any, ...]:
         if grad is None:
             return (None,) * 8
         values, weight = ctx.saved_tensors
-        mean, inverse, count = ctx.mean, ctx.inverse, values.numel() // len(ctx.mean)
         g = plain_term(grad)
-        total, along = passes().channel_sums(Expression((g,)), values, mean.float())
-        grad_x = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[1]:
-            grad_weight = (along * inverse).float()
-        if ctx.needs_input_grad[2]:
-            grad_bias = total.float()
+        mean = torch.from_numpy(ctx.mean)
+        sums = passes().channel_sums(Expression((g,)), values, mean.float())
+        found = normalization().gradients(
+            sums.numpy(), ctx.mean, ctx.inverse, weight, values.numel() // values.shape[-1]
+        )
+        grad_weight, grad_bias, factor, slope, offset = (torch.from_numpy(v) for v in found)
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            factor = _factor(inverse, weight)
-            terms, offset = [replace(g, factor=factor.float())], None
+            terms: tuple[Term, ...] = (replace(g, factor=factor),)
             if ctx.training:
-                # The statistics depend on x too: that takes its mean and its correlation with x out of the gradient.
-                slope = -factor * inverse * inverse * along / count
-                terms.append(Term(values, slope.float()))
-                offset = (-factor * total / count - slope * mean).float()
-            grad_x = Deferred(Expression(tuple(terms), offset), ctx.channels_last)
-        return (grad_x, grad_weight, grad_bias, None, None, None, None, None)
-
-
-def _factor(inverse: Tensor, weight: Tensor | None) -> Tensor:
-    return inverse if weight is None else inverse * weight.double()
+                terms = (*terms, Term(values, slope))
+            grad_x = Deferred(Expression(terms, offset if ctx.training else None), ctx.channels_last)
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+        return (
+            grad_x,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            *(None,) * 5,
+        )

@@ -6,7 +6,6 @@ freed. A network allocates the same sizes step after step; here they are kept in
 
 from __future__ import annotations
 
-import weakref
 from bisect import bisect_left
 from collections import deque
 from math import prod
@@ -84,6 +83,19 @@ class _Pool:
         self._idle = [idle for idle in self._idle if idle.since >= before]
 
 
+class _Lease(np.ndarray):
+    """Part of a block, which lives as long as the storage of the tensor made of it.
+
+    Attributes:
+        block: The block, given back then.
+    """
+
+    block: np.ndarray
+
+    def __del__(self) -> None:
+        _pool.give(self.block)
+
+
 def _size(idle: _Idle) -> int:
     return idle.size
 
@@ -98,9 +110,8 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     if size < SMALLEST:
         return torch.empty(shape, dtype=dtype)
     block = _pool.take(size)
-    lease = block[:size]  # an object of its own: it lives as long as the tensor's storage
-    finalizer = weakref.finalize(lease, _pool.give, block)
-    finalizer.atexit = False  # type: ignore[misc]  # its own documentation says that it can be set
+    lease = block[:size].view(_Lease)
+    lease.block = block
     # `.data`, since autograd refuses to change views in place that a custom function returns.
     return torch.from_numpy(lease).view(dtype).view(shape).data
 

@@ -61,6 +61,9 @@ class Choice:
         if problem in self._picked:
             return self._picked[problem]
         candidates = list(able)
+        if scales is not None and scales.moments is not None:
+            # Sums of floats depend on their order: where a route sums them at all, timings must not change the result.
+            candidates = [r for r in candidates if r.sums_moments] or candidates
         timed = self._timed.setdefault(layer, [])
         if len(timed) >= SHAPES_TIMED:
             return timed[-1] if timed[-1] in candidates else candidates[0]
@@ -130,6 +133,8 @@ def _layer(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales:
     affine = "".join("z" if p.zero_point is not None else "-" for p in (a, b))
     windows = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
     form = "sums" if scales is None else str(scales.dtype).removeprefix("torch.")
+    if scales is not None and scales.moments is not None:
+        form += " with moments"
     return f"{contraction} {form} {affine}, {out}:{per_group}, windows {windows}, {torch.get_num_threads()} threads"
 
 

@@ -21,6 +21,7 @@ from lightning_int8.backends.cpu.correlation_route import CorrelationRoute
 from lightning_int8.backends.cpu.gemm import RAW_LIMIT
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Scales
+from lightning_int8.backends.cpu.torch_operator import operator
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
 
@@ -58,7 +59,7 @@ def _arguments(correlation: Correlation) -> tuple[list[int], ...]:
     return list(c.size), list(c.step), list(c.taps), list(c.tap_step), [n for pair in c.padding for n in pair]
 
 
-@torch.library.custom_op("lightning_int8::depthwise_conv", mutates_args=(), device_types="cpu")
+@operator()
 def depthwise_conv(
     data: Tensor,
     weight: Tensor,
@@ -90,12 +91,12 @@ def depthwise_conv(
     return out
 
 
-@depthwise_conv.register_fake
+@torch.library.register_fake("lightning_int8::depthwise_conv")
 def _(data: Tensor, weight: Tensor, size: list[int], *rest: Any) -> Tensor:
     return data.new_empty(data.shape[0], *size, data.shape[-1], dtype=rest[-1])
 
 
-@torch.library.custom_op("lightning_int8::depthwise_conv_grad_weight", mutates_args=(), device_types="cpu")
+@operator()
 def depthwise_conv_grad_weight(
     g: Tensor,
     x: Tensor,
@@ -120,7 +121,7 @@ def depthwise_conv_grad_weight(
     return by_tap.t().reshape(channels, *taps, 1).contiguous()
 
 
-@depthwise_conv_grad_weight.register_fake
+@torch.library.register_fake("lightning_int8::depthwise_conv_grad_weight")
 def _(g: Tensor, x: Tensor, size: list[int], step: list[int], taps: list[int], *rest: Any) -> Tensor:
     return g.new_empty(g.shape[-1], *taps, 1, dtype=torch.int64)
 

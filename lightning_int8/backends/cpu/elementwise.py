@@ -117,8 +117,8 @@ def walk(source, first, last, block, buffers, rounding, sums):
         block: Length of a block.
         buffers: See ``block_values``.
         rounding: (low, high, inverse, zero, largest, stochastic, keys, plane): see ``rounding.round_block``; the first
-            four are numbers, or arrays with one for each channel; the plane is int8, flat, of all elements. None not to
-            round.
+            four are numbers, or arrays with one for each channel, and zero may be None; the plane is int8, flat, of all
+            elements. None not to round.
         sums: (first sums, second sums, other values, centre): what to add the elements to, and what their products with
             other values, centred, if there are any: float32, whole vectors of places of a block, but for the other
             values, which are floats, flat. None not to sum. With neither the last block is put in the first buffer.
@@ -149,6 +149,18 @@ def _places_of(rounding, block):
         return tiled(low, block), tiled(high, block), tiled(inverse, block), tiled(zero, block)
 
     return places
+
+
+def shifted(v, values, i):
+    """``v`` plus lanes of the values, see ``lanes_of``; ``v`` itself where they are None."""
+    raise NotImplementedError("only compiled passes call this")
+
+
+@overload(shifted, inline="always")
+def _shifted(v, values, i):
+    if isinstance(values, types.NoneType):
+        return lambda v, values, i: v
+    return lambda v, values, i: plus(v, lanes_of(values, i))
 
 
 @compiled
@@ -195,7 +207,7 @@ def _walk(source, first, last, block, buffers, rounding, places, sums, only_rest
                 top = largest_bits(top, v)
                 y = steps(v, lanes_of(low, j), lanes_of(high, j), lanes_of(inverse, j))
                 q = up_or_down(y, np.uint32(i >> 1), keys[0], keys[1]) if stochastic else nearest(y)
-                store_bytes(plane, i, room, plus(q, lanes_of(zero, j)), splat(largest))
+                store_bytes(plane, i, room, shifted(q, zero, j), splat(largest))
             elif sums is not None:
                 store(first_sums, j, room, plus(load(first_sums, j, LANES), v))
                 if partner.size > 0:

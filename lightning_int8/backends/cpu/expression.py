@@ -120,6 +120,7 @@ class Expression:
         upper: What larger sums become then; NaN for no bound.
         mask: To be filled when the rectified sum is computed.
         kept: Whether whoever computes this keeps its values too, because they are likely to be wanted again.
+        moments: float64 ``(2, C)``: mean and biased variance of each channel; None where nobody has computed them yet.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class Expression:
         upper: float = nan,
         mask: Mask | None = None,
         kept: bool = False,
+        moments: Tensor | None = None,
     ) -> None:
         assert 1 <= len(terms) <= 2
         assert all(t.values.is_contiguous() and t.values.dtype == terms[0].values.dtype for t in terms)
@@ -139,6 +141,7 @@ class Expression:
         self.upper = upper
         self.mask = mask
         self.kept = kept
+        self.moments = moments
 
     @property
     def shape(self) -> torch.Size:
@@ -232,6 +235,11 @@ def passes() -> Any:
 def pooling() -> Any:
     """The compiled maximum over windows, likewise."""
     return compiled_pass("pooling")
+
+
+def normalization() -> Any:
+    """The compiled vectors of a batch norm, likewise."""
+    return compiled_pass("normalization")
 
 
 def version_of(values: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from math import prod
 from typing import Any, NamedTuple
@@ -30,7 +31,10 @@ _BLOCK_BYTES = 1 << 19  # what is multiplied, or added to, again and again: it s
 _FEWEST_ROWS, _MOST_ROWS = 8, 256  # tiles of positions that are multiplied with one panel before the next one
 _MOST_CHANNELS = 384  # rows of a grad_weight that share a panel
 _LONGEST_PIECE = 96  # positions, where pieces may be of any length
+_SUM_BYTES = 1 << 20  # sums of a matrix product that blocks of rows are added to
+_FEWEST_QUADS = 48  # of rows that are added to them at a time
 _SMALLEST_PIECE = 1 << 24  # products that are worth a thread
+_ORIGIN = np.zeros(1, np.int64)
 
 
 # --- Output and grad_input -------------------------------------------------------------------------------------------
@@ -44,6 +48,7 @@ def correlate(
     scales: Scales | None,
     targets: np.ndarray,
     result: Tensor,
+    moments: Tensor | None = None,
 ) -> None:
     """Write the windowed sums of one correlation, scaled if there are scales.
 
@@ -55,6 +60,8 @@ def correlate(
         scales: See ``Scales``.
         targets: int64: where each position of a sample belongs in one of ``result``.
         result: float32 or bfloat16 with ``scales``, else int32; contiguous, its last axis is Co.
+        moments: float64 ``(2, Co)``, to be filled with the mean and the biased variance of each channel of the results
+            before they are rounded to bfloat16; or None.
     """
     assert data.is_contiguous()
     batch, channels = data.shape[0], data.shape[-1]
@@ -68,26 +75,59 @@ def correlate(
         source = border.pad(with_axis, padding, fill, True, QUAD)
     flat = source.as_strided((source.numel() + (0 if is_signed else QUAD),), (1,)).view(torch.uint8).numpy()
     samples, out = (source.stride(0), result.stride(0)), as_array(result)
+    shape = tuple(source.shape[1:]) if correlation.size else (channels,)
     for block in blocks(correlation.groups, channels, len(weight)):
-        inputs, own = block.inputs, block.weight(Plane(weight, torch.ones(())))
-        shape = tuple(source.shape[1:]) if correlation.size else (channels,)
-        origins, runs, run = window_tables(correlation, shape, inputs.start, inputs.stop)
-        if is_signed:
-            origins, runs = origins + runs, runs - runs
-        packed = panels.of_weight(own, len(runs), run)
-        quads = -(-run // QUAD)
-        pieces = _pieces(runs, np.arange(len(runs)) * quads * QUAD * WIDTH)
-        starts = _column_sums(packed, len(runs), quads, len(own)) * -(int(UNSIGNED) + fill)
+        own = block.weight(Plane(weight, torch.ones(()))) if block.groups < correlation.groups else weight
+        windows = _windows(correlation, shape, block.inputs.start, block.inputs.stop, is_signed)
+        packed = panels.of_weight(own, windows.runs, windows.run)
+        starts = _column_sums(packed, windows.runs, windows.quads, len(own)) * -(int(UNSIGNED) + fill)
         factors = _factors(scales, block, len(starts))
-        windows = (origins, targets + block.outputs.start)
+        places = targets + block.outputs.start if block.outputs.start else targets
         # A weight that fits the cache is read as often as one likes, a larger one for as many positions as fit it.
         tiles = _FEWEST_ROWS
         if packed.nbytes > _BLOCK_BYTES // 2:
-            tiles = _BLOCK_BYTES * batch * len(origins) // (source.numel() * ROWS)
+            tiles = _BLOCK_BYTES * batch * len(places) // (source.numel() * ROWS)
             tiles = max(_FEWEST_ROWS, min(tiles, _MOST_ROWS))
-        operands = (flat, is_signed, samples, *windows, pieces, quads, packed, starts, factors)
-        work = partial(_compiled_correlate, *operands, len(own), tiles * ROWS, out)
-        split(work, batch * len(origins), -(-_SMALLEST_PIECE // own.numel()))
+        operands = (flat, is_signed, samples, windows.origins, places, windows.pieces, windows.quads, packed)
+        rest = (starts, factors, len(own), tiles * ROWS, out, None if moments is None else True)
+        work = partial(_counted, partial(_compiled_correlate, *operands, *rest))
+        parts = split(work, batch * len(places), -(-_SMALLEST_PIECE // own.numel()))
+        if moments is not None:
+            counts, sums = zip(*parts, strict=True)
+            found = implicit_gemm.joined(np.array(counts), np.stack(sums).reshape(len(sums), 3, -1))
+            moments[:, block.outputs] = torch.from_numpy(found)[:, : block.out_count]
+
+
+def _counted(work: Callable[[int, int], np.ndarray], first: int, last: int) -> tuple[int, np.ndarray]:
+    return last - first, work(first, last)
+
+
+class _Windows(NamedTuple):
+    """How windows are read, and a packed weight with them.
+
+    Attributes:
+        origins: int64: where the window of each position begins, within a sample.
+        pieces: int64, pairs: where each piece of a window begins, from its origin, and of a panel.
+        runs: Pieces of a window.
+        run: Bytes of one.
+        quads: Quads of one.
+    """
+
+    origins: np.ndarray
+    pieces: np.ndarray
+    runs: int
+    run: int
+    quads: int
+
+
+@lru_cache(maxsize=1024)
+def _windows(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int, is_signed: bool) -> _Windows:
+    """The windows of some channels of samples ``shape``; those of signed bytes have one piece, which begins at once."""
+    origins, runs, run = window_tables(correlation, shape, first, stop)
+    if is_signed:
+        origins, runs = origins + runs, runs - runs
+    quads = -(-run // QUAD)
+    return _Windows(origins, _pieces(runs, np.arange(len(runs)) * quads * QUAD * WIDTH), len(runs), run, quads)
 
 
 def _pieces(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -97,13 +137,17 @@ def _pieces(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _column_sums(packed: np.ndarray, count: int, quads: int, columns: int) -> np.ndarray:
     """Sums of the columns of a packed weight, int32, whole vectors: a product with a row of ones."""
     whole = -(-columns // LANES) * LANES
-    length = quads * QUAD
-    pieces = _pieces(np.zeros(count, np.int64), np.arange(count) * length * WIDTH)
-    origin, nothing, unused = np.zeros(1, np.int64), np.zeros(whole, np.int32), np.zeros(whole, np.float32)
-    sums = np.empty(whole, np.int32)
-    operands = np.ones(length, np.uint8), False, (0, 0), origin, origin, pieces, quads, packed, nothing
-    _compiled_correlate(*operands, (np.float32(1), unused), whole, ROWS, sums, 0, 1)
+    sums, unused = np.empty(whole, np.int32), np.zeros(whole, np.float32)
+    ones, pieces = _row_of_ones(count, quads * QUAD)
+    operands = ones, False, (0, 0), _ORIGIN, _ORIGIN, pieces, quads, packed, unused.view(np.int32)
+    _compiled_correlate(*operands, (np.float32(1), unused), whole, ROWS, sums, None, 0, 1)
     return sums
+
+
+@lru_cache(maxsize=1024)
+def _row_of_ones(count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ones that each of ``count`` pieces of a panel is multiplied with, and the pieces."""
+    return np.ones(length, np.uint8), _pieces(np.zeros(count, np.int64), np.arange(count) * length * WIDTH)
 
 
 def _factors(scales: Scales | None, block: Block, columns: int) -> tuple[np.float32, np.ndarray]:
@@ -134,6 +178,8 @@ def grad_weight(
     assert g.is_contiguous()
     assert x.is_contiguous()
     channels, out_channels = x.shape[-1], g.shape[-1]
+    if correlation.is_pointwise and correlation.groups == 1:
+        return _grad_product(g.flatten(0, -2), x.flatten(0, -2), zero, scales, dtype)
     shape = (*(n + lo + hi for n, (lo, hi) in zip(x.shape[1:-1], correlation.padding, strict=True)), channels)
     positions = _positions(correlation, shape, -(-len(g) // QUAD))
     padded = panels.of_samples(x, correlation.padding, 0 if zero is None else int(zero), positions.more)
@@ -141,19 +187,57 @@ def grad_weight(
     for block in blocks(correlation.groups, channels, out_channels):
         table = _panel_table(correlation, shape, block.inputs.start, block.inputs.stop)
         result = empty(block.out_count, int(table[:, 1].sum()), dtype=dtype)
-        taken_off = np.zeros(block.out_count, np.int32)
-        if zero is not None:
-            taken_off = (centre.row_sums(g.flatten(0, -2)[:, block.outputs].t()) * zero).to(torch.int32).numpy()
-        factors: Any = (np.float32(1), np.float32(1))
-        if scales is not None:
-            left = block.out(scales.left)
-            factors = (
-                np.float32(left.item()) if left.dim() == 0 else left.contiguous().numpy(),
-                np.float32(scales.right.item()),
-            )
+        taken_off, factors = _ends(g.flatten(0, -2)[:, block.outputs], zero, scales, block)
         _sum_over_positions(g, padded, block, positions, table, factors, taken_off, as_array(result))
         results.append(block.diagonal(result))
     return results[0] if len(results) == 1 else torch.cat(results)
+
+
+def _ends(
+    g: Tensor, zero: Tensor | None, scales: Scales | None, block: Block
+) -> tuple[np.ndarray, tuple[np.float32 | np.ndarray, np.float32]]:
+    """What to take off the sums of each channel of g ``(rows, channels)`` for the sake of a zero point, and scales."""
+    taken_off = np.zeros(g.shape[1], np.int32)
+    if zero is not None:
+        taken_off = (centre.row_sums(g.t()) * zero).to(torch.int32).numpy()
+    if scales is None:
+        return taken_off, (np.float32(1), np.float32(1))
+    left = block.out(scales.left)
+    own = np.float32(left.item()) if left.dim() == 0 else left.contiguous().numpy()
+    return taken_off, (own, np.float32(scales.right.item()))
+
+
+def _grad_product(g: Tensor, x: Tensor, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype) -> Tensor:
+    """``grad_weight`` of a matrix product, g ``(rows, Co)`` and x ``(rows, C)``."""
+    (rows, out_channels), channels = g.shape, x.shape[1]
+    (block,) = blocks(1, channels, out_channels)
+    taken_off, factors = _ends(g, zero, scales, block)
+    result = empty(out_channels, channels, dtype=dtype)
+    table, threads = _columns(channels), torch.get_num_threads()
+    # Sums of a part stay in cache, beside what is packed of some rows.
+    wanted = max(threads, -(-out_channels * len(table) * WIDTH * 4 // _SUM_BYTES))
+    own = -(-out_channels // min(wanted, out_channels))
+    height = -(-(own + 1) // ROWS) * ROWS
+    at_once = max(_FEWEST_QUADS, _BLOCK_BYTES // ((height + channels) * QUAD))
+    operands = (g.reshape(-1).view(torch.uint8).numpy(), x.reshape(-1).view(torch.uint8).numpy(), rows)
+    how = ((out_channels, channels), min(at_once, -(-rows // QUAD)), table)
+    out = as_array(result)
+
+    def work(first: int, last: int) -> None:
+        sums = np.empty(len(table) * height * WIDTH, np.int32)
+        for channel in range(first * own, min(last * own, out_channels), own):
+            part = (min(own, out_channels - channel), channel, height)
+            implicit_gemm.grad_product(*operands, *how, part, factors, taken_off, sums, out)
+
+    split(work, -(-out_channels // own), -(-_SMALLEST_PIECE // max(1, rows * channels * own)))
+    return result
+
+
+@lru_cache(maxsize=1024)
+def _columns(count: int) -> np.ndarray:
+    """The panels of rows of so many bytes, see ``_panel_table``."""
+    begins = np.arange(0, count, WIDTH)
+    return np.stack((begins * QUAD, np.minimum(count - begins, WIDTH), begins), axis=1)
 
 
 def _sum_over_positions(

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from lightning_int8.backends.cpu.compiler import at, compiled
+from lightning_int8.backends.cpu.floats import get
 from lightning_int8.backends.cpu.llvm import constant, load_lanes, place_in, splat_of, store_lanes
 from lightning_int8.backends.cpu.microkernel import (
     FLOATS,
@@ -30,6 +31,7 @@ from lightning_int8.backends.cpu.microkernel import (
     write_scaled,
     write_tile,
 )
+from lightning_int8.backends.cpu.panels import FLIP, NO_FLIP, interleave
 
 UNSIGNED = np.uint8(128)
 """Added to signed bytes it makes unsigned ones; as bits it is the sign, so exclusive or does."""
@@ -53,6 +55,7 @@ def correlate(
     columns,
     at_once,
     out,
+    wants_moments,
     first,
     last,
 ):
@@ -72,15 +75,21 @@ def correlate(
         columns: Columns.
         at_once: Positions that are multiplied with one panel before the next one; whole tiles.
         out: flat.
+        wants_moments: True, or None.
         first: First (sample and) position.
         last: Behind the last one.
+
+    Returns:
+        float64 ``(3, whole vectors)``, or None: of each column the first result; the sum of all, that taken off; and
+        the sum of their squares.
     """
     rows, places = np.empty(at_once, np.int64), np.empty(at_once, np.int64)
     step = quads * QUAD
     taken = np.empty(at_once * step if is_signed else 0, np.uint8)
     source = taken if is_signed else data
-    left, right = scales
     panel = pieces.size // 2 * step
+    pivots, partial = _new(wants_moments, starts.size), _new(wants_moments, 2 * starts.size)
+    moments = _new_moments(wants_moments, starts.size)
     n, t = first // origins.size, first % origins.size
     for m in range(first, last, at_once):
         count = min(at_once, last - m)
@@ -95,12 +104,68 @@ def correlate(
         places[count:] = places[count - 1]
         if is_signed:
             _take(data, rows, count, step, taken)
-        for c in range(0, columns, WIDTH):
-            width = min(WIDTH, columns - c)
-            for i in range(0, count, ROWS):
-                write_tile(
-                    width, source, rows, i, pieces, quads, panels, c * panel, starts, c, left, right, out, places
-                )
+        # For the sake of the pivots the first tiles are computed once more, before anything is summed.
+        rounds = 2 if wants_moments is not None and m == first else 1
+        for k in range(rounds):
+            is_last = k == rounds - 1
+            own, summed = (count, count) if is_last else (ROWS, 0)
+            for c in range(0, columns, WIDTH):
+                right = (pieces, quads, panels, c * panel, starts, c, *scales)
+                for i in range(0, own, ROWS):
+                    write_tile(min(WIDTH, columns - c), source, rows, i, *right, out, places, summed, pivots, partial)
+            if wants_moments is not None:
+                if not is_last:
+                    for c in range(columns):
+                        pivots[c] = moments[c] = get(out, places[0] + c)
+                # Sums of many keep their digits in float64.
+                for c in range(partial.size):
+                    moments[pivots.size + c] += partial[c]
+                    partial[c] = 0
+    return moments
+
+
+def _new(wanted, size):
+    """Zeros, float32, if wanted; else None."""
+    raise NotImplementedError("only compiled passes call this")
+
+
+@overload(_new)
+def _new_of(wanted, size):
+    if isinstance(wanted, types.NoneType):
+        return lambda wanted, size: None
+    return lambda wanted, size: np.zeros(size, np.float32)
+
+
+def _new_moments(wanted, size):
+    """Zeros, float64 ``(3, size)``, flat, if wanted; else None."""
+    raise NotImplementedError("only compiled passes call this")
+
+
+@overload(_new_moments)
+def _new_moments_of(wanted, size):
+    if isinstance(wanted, types.NoneType):
+        return lambda wanted, size: None
+    return lambda wanted, size: np.zeros(3 * size)
+
+
+@compiled
+def joined(counts, parts):
+    """Mean and biased variance of each column, float64 ``(2, whole vectors)``, of what ``correlate`` summed in parts.
+
+    Args:
+        counts: int64: positions of each part.
+        parts: float64 ``(parts, 3, whole vectors)``.
+    """
+    out = np.zeros((2, parts.shape[2]))
+    total = counts.sum()
+    for c in range(parts.shape[2]):
+        for k in range(counts.size):
+            out[0, c] += (parts[k, 0, c] * counts[k] + parts[k, 1, c]) / total
+        for k in range(counts.size):
+            pivot, first, second = parts[k, :, c]
+            away = pivot + first / counts[k] - out[0, c]
+            out[1, c] += (max(second - first * first / counts[k], 0.0) + counts[k] * away * away) / total
+    return out
 
 
 @intrinsic
@@ -149,7 +214,7 @@ def grad_weight(left, right, pieces, quads, block, panels, part, scales, taken_o
     """
     g, begin, left_step = left
     x, right_step = right
-    channels, channel, height = part
+    height = part[2]
     count = pieces.size // 2
     sums[: panels.shape[0] * height * WIDTH] = 0
     for k in range(0, count, block):
@@ -159,6 +224,52 @@ def grad_weight(left, right, pieces, quads, block, panels, part, scales, taken_o
             for r in range(0, height, ROWS):
                 row, s = begin + r * QUAD, (j * height + r) * WIDTH
                 add_tile(vectors, g, row, left_step, pieces, k, stop, quads, x, panels[j, 0], right_step, sums, s)
+    _write_all(sums, panels, part, scales, taken_off, out)
+
+
+@compiled
+def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sums, out):
+    """``grad_weight`` of a matrix product: four rows at a time are summed together, some rows are packed at a time.
+
+    Args:
+        g: uint8, flat: the signed bytes of ``(rows, Co)``.
+        x: uint8, flat: the signed bytes of ``(rows, C)``.
+        rows: See above.
+        widths: (Co, C).
+        block: Quads of rows that are packed before they are multiplied: they stay in cache.
+        panels: See ``grad_weight``.
+        part: Likewise.
+        scales: Likewise.
+        taken_off: Likewise.
+        sums: Likewise.
+        out: Likewise.
+    """
+    out_channels, in_channels = widths
+    channels, channel, height = part
+    left, right = np.empty(block * height, np.uint32), np.empty(block * in_channels + WIDTH, np.uint32)
+    left_bytes, right_bytes = left.view(np.uint8), right.view(np.uint8)
+    begins, pieces = np.zeros(1, np.int64), np.zeros(2, np.int64)
+    sums[: panels.shape[0] * height * WIDTH] = 0
+    for first in range(0, rows, block * QUAD):
+        count = (min(block * QUAD, rows - first) + QUAD - 1) // QUAD
+        own, others = g[first * out_channels + channel :], x[first * in_channels :]
+        there = begins, height, height - channels, 0, count
+        interleave(own, begins, out_channels, rows - first, FLIP, channels, left, *there)
+        there = begins, in_channels, 0, 0, count
+        interleave(others, begins, in_channels, rows - first, NO_FLIP, in_channels, right, *there)
+        for j in range(panels.shape[0]):
+            vectors = (panels[j, 1] + LANES - 1) // LANES
+            for r in range(0, height, ROWS):
+                lhs = (left_bytes, r * QUAD, height * QUAD, pieces, 0, 1, count)
+                rhs = (right_bytes, panels[j, 0], in_channels * QUAD)
+                add_tile(vectors, *lhs, *rhs, sums, (j * height + r) * WIDTH)
+    _write_all(sums, panels, part, scales, taken_off, out)
+
+
+@compiled
+def _write_all(sums, panels, part, scales, taken_off, out):
+    """The end of ``grad_weight``: what is in ``sums`` of one part to ``out``."""
+    channels, channel, height = part
     columns = out.size // taken_off.size
     for j in range(panels.shape[0]):
         begin, width = j * height * WIDTH, panels[j, 1]

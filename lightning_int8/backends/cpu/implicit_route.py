@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import (
+    Correlation,
     grid_offsets,
     output_correlation,
     residue_correlation,
@@ -25,8 +26,11 @@ from lightning_int8.backends.cpu.correlation import (
 from lightning_int8.backends.cpu.gemm import CENTRED_LIMIT, RAW_LIMIT
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Route, Scales
-from lightning_int8.geometry import ConvGeometry
+from lightning_int8.backends.cpu.torch_operator import operator
+from lightning_int8.geometry import ConvGeometry, Residue
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX, Plane
+
+_ONE = torch.ones(())
 
 IMPLICIT = compiled_pass("implicit_conv")
 """The compiled products, or None where numba cannot be imported."""
@@ -37,6 +41,7 @@ class Implicit(Route):
 
     name = "implicit"
     multiplies_matrices = True
+    sums_moments = True
 
     def supports(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> bool:
         """See ``Route.supports``."""
@@ -53,9 +58,10 @@ class Implicit(Route):
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
         """See ``Route.run``."""
         zero = (b if contraction == "grad_weight" else a).zero_point
-        how: tuple[list[Tensor], torch.dtype] = [], torch.int32
+        how: tuple[list[Tensor], torch.dtype, Tensor | None] = [], torch.int32, None
         if scales is not None:
-            how = [scales.left, scales.right], scales.dtype if scales.dtype in FLOAT_DTYPES else torch.float32
+            dtype = scales.dtype if scales.dtype in FLOAT_DTYPES else torch.float32
+            how = [scales.left, scales.right], dtype, scales.moments
         operands = contraction, a.data, b.data, *_numbers(geometry), zero
         return torch.ops.lightning_int8.implicit_conv(*operands, *how)
 
@@ -95,7 +101,7 @@ def geometry_of(
     )
 
 
-@torch.library.custom_op("lightning_int8::implicit_conv", mutates_args=(), device_types="cpu")
+@operator("moments")
 def implicit_conv(
     contraction: str,
     a: Tensor,
@@ -109,6 +115,7 @@ def implicit_conv(
     zero: Tensor | None,
     scales: list[Tensor],
     dtype: torch.dtype,
+    moments: Tensor | None,
 ) -> Tensor:
     """A contraction of int8 operands, see ``Backend.accumulate``; none is empty, and all but w are contiguous.
 
@@ -125,9 +132,11 @@ def implicit_conv(
         zero: Zero point of the operand whose windows are read, x or else g; or None.
         scales: Left and right, see ``Scales``; empty for the sums.
         dtype: float32 or bfloat16 of scaled sums; int32 of the sums themselves, where a grad_weight may be int64.
+        moments: Of an output, to be filled, see ``Form``; or None.
     """
     geometry = geometry_of(input_size, kernel_size, stride, padding, dilation, groups)
-    return _COMPUTED[contraction](a, b, geometry, zero, Scales(*scales) if scales else None, dtype)
+    own_scales = Scales(scales[0], scales[1], dtype, moments) if scales else None
+    return _COMPUTED[contraction](a, b, geometry, zero, own_scales, dtype)
 
 
 def _output(
@@ -136,7 +145,8 @@ def _output(
     correlation = output_correlation(geometry)
     result = empty(len(x), *correlation.size, len(w), dtype=dtype)
     assert IMPLICIT is not None
-    IMPLICIT.correlate(x, zero, w, correlation, scales, _grid(correlation.size, result.stride()[1:-1]), result)
+    targets = _grid(correlation.size, result.stride()[1:-1])
+    IMPLICIT.correlate(x, zero, w, correlation, scales, targets, result, None if scales is None else scales.moments)
     return result
 
 
@@ -144,19 +154,29 @@ def _grad_input(
     g: Tensor, w: Tensor, geometry: ConvGeometry, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype
 ) -> Tensor:
     result = empty(len(g), *geometry.input_size, w.shape[-1] * geometry.groups, dtype=dtype)
-    residues = geometry.residues()
-    reached = [r for r in residues if all(d.taps for d in r.dims)]
-    if len(reached) < len(residues):
-        result.zero_()  # input positions that no tap reaches
+    classes, are_all = _classes(geometry, result.stride()[1:-1])
+    if not are_all:
+        result.zero_()
     assert IMPLICIT is not None
-    strides = result.stride()[1:-1]
-    for residue in reached:
-        steps = tuple(d.stride * s for d, s in zip(residue.dims, strides, strict=True))
-        begin = sum(d.first * s for d, s in zip(residue.dims, strides, strict=True))
-        targets = _grid(tuple(d.size for d in residue.dims), steps) + begin
-        weight = transposed_weight(Plane(w, torch.ones(())), residue, geometry.groups).data
-        IMPLICIT.correlate(g, zero, weight, residue_correlation(residue, geometry.groups), scales, targets, result)
+    for residue, correlation, targets in classes:
+        weight = transposed_weight(Plane(w, _ONE), residue, geometry.groups).data
+        IMPLICIT.correlate(g, zero, weight, correlation, scales, targets, result)
     return result
+
+
+@lru_cache(maxsize=1024)
+def _classes(
+    geometry: ConvGeometry, strides: tuple[int, ...]
+) -> tuple[list[tuple[Residue, Correlation, np.ndarray]], bool]:
+    """The residue classes of input positions, where they lie, and whether taps reach all of them."""
+    residues, classes = geometry.residues(), []
+    for residue in residues:
+        if all(d.taps for d in residue.dims):
+            steps = tuple(d.stride * s for d, s in zip(residue.dims, strides, strict=True))
+            begin = sum(d.first * s for d, s in zip(residue.dims, strides, strict=True))
+            targets = _grid(tuple(d.size for d in residue.dims), steps) + begin
+            classes.append((residue, residue_correlation(residue, geometry.groups), targets))
+    return classes, len(classes) == len(residues)
 
 
 def _grad_weight(
@@ -187,9 +207,9 @@ def _grid(sizes: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
 # --- Fakes, self-check -----------------------------------------------------------------------------------------------
 
 
-@implicit_conv.register_fake
+@torch.library.register_fake("lightning_int8::implicit_conv")
 def _(contraction: str, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-    *numbers, zero, _, dtype = rest
+    *numbers, zero, _, dtype, _ = rest
     geometry = geometry_of(*numbers)
     if contraction == "output":
         return a.new_empty(len(a), *geometry.output_size, len(b), dtype=dtype)

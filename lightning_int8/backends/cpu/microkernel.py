@@ -130,18 +130,20 @@ def _for_width(builder: Any, vectors: Any, emit: Callable[[int], None]) -> None:
 
 def write_scaled(
     context: Any, builder: Any, kind: Any, sums: Any, factors: list[Any], out: Any, o: Any, room: Any
-) -> None:
+) -> Any:
     """Emit the end of a contraction: a vector of sums to ``out[o:]``, no more than there is room for.
 
-    An array of floats takes fl(fl(fl(sums) · left) · right), one of int32 the sums.
+    An array of floats takes fl(fl(fl(sums) · left) · right), one of int32 the sums. What was written comes back, but
+    as float32 in place of narrower floats.
     """
     if kind.dtype == types.int32:
         store_lanes(builder, sums, place_in(context, builder, kind, out, o, INTS), room, f"v{LANES}i32")
-        return
+        return sums
     scaled = builder.sitofp(sums, FLOATS)
     for factor in factors:
         scaled = builder.fmul(scaled, factor)
     store_floats(context, builder, kind, scaled, out, o, room)
+    return scaled
 
 
 @intrinsic
@@ -161,6 +163,9 @@ def write_tile(
     right: Any,
     out: Any,
     places: Any,
+    count: Any,
+    pivots: Any,
+    moments: Any,
 ) -> Any:
     """Products of ``ROWS`` rows and a panel, scaled to floats or as they are, depending on the type of ``out``.
 
@@ -180,10 +185,15 @@ def write_tile(
         right: float32, whole vectors, from ``right[c]`` on.
         out: Floats, see ``floats``, or int32, flat.
         places: int64: where column 0 of each row belongs, from ``places[i]`` on.
+        count: Rows from the first one of the array on; those of the tile behind them repeat the last one.
+        pivots: float32, whole vectors, from ``pivots[c]`` on; or None.
+        moments: float32 ``(2, whole vectors)``, flat, or None: the results of the rows, pivots taken off, are added
+            from ``moments[c]`` on, and their squares behind.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        columns, data, rows, i, pieces, quads, panels, p, starts, c, left, right, out, places = arguments
+        columns, data, rows, i, pieces, quads, panels, p, starts, c, left, right, out, places = arguments[:14]
+        count, pivots, moments = arguments[14:]
         kinds = signature.args
 
         def pointer(which: int, array: Any, index: Any, kind: Any) -> Any:
@@ -216,19 +226,40 @@ def write_tile(
                 builder.load(pointer(11, right, builder.add(c, _number(v * LANES)), FLOATS), align=4)
                 for v in range(vectors)
             ]
+            results = []
             for r in range(ROWS):
                 own = builder.add(builder.load(pointer(13, places, each(r), _INT64)), c)
                 for v in range(vectors):
                     total, o = sums[r * vectors + v], builder.add(own, _number(v * LANES))
                     own_room = _number(LANES) if v < vectors - 1 else room
-                    write_scaled(context, builder, kinds[12], total, [by_left, by_right[v]], out, o, own_room)
+                    factors = [by_left, by_right[v]]
+                    results.append(write_scaled(context, builder, kinds[12], total, factors, out, o, own_room))
+            if not isinstance(kinds[16], types.NoneType):
+                add_moments(vectors, results)
+
+        def add_moments(vectors: int, results: list[Any]) -> None:
+            nothing = ir.Constant(FLOATS, [0.0] * LANES)
+            size = cgutils.create_struct_proxy(kinds[16])(context, builder, moments).nitems
+            squares_at = builder.add(c, builder.lshr(size, _number(1)))
+            for v in range(vectors):
+                at = _number(v * LANES)
+                pivot = builder.load(pointer(15, pivots, builder.add(c, at), FLOATS), align=4)
+                places_of = [pointer(16, moments, builder.add(first, at), FLOATS) for first in (c, squares_at)]
+                total, squares = (builder.load(place, align=4) for place in places_of)
+                for r in range(ROWS):
+                    is_own = builder.icmp_signed("<", builder.add(i, _number(r)), count)
+                    d = builder.select(is_own, builder.fsub(results[r * vectors + v], pivot), nothing)
+                    total, squares = builder.fadd(total, d), builder.fadd(squares, builder.fmul(d, d))
+                for place, value in zip(places_of, (total, squares), strict=True):
+                    builder.store(value, place, align=4)
 
         _for_width(builder, builder.sdiv(builder.add(columns, _number(LANES - 1)), _number(LANES)), emit)
         return context.get_dummy_value()
 
     n = types.int64
     operands = (n, _BYTES, _OFFSETS, n, _OFFSETS, n, _BYTES, n, types.Array(types.int32, 1, "C"), n)
-    return types.void(*operands, types.float32, types.Array(types.float32, 1, "C"), out, _OFFSETS), generate
+    ends = (types.float32, types.Array(types.float32, 1, "C"), out, _OFFSETS, n, pivots, moments)
+    return types.void(*operands, *ends), generate
 
 
 @intrinsic

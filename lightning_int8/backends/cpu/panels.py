@@ -18,15 +18,16 @@ from lightning_int8.backends.cpu.border import source_rows
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.correlation import grid_offsets
-from lightning_int8.backends.cpu.llvm import constant, load_lanes, place_in, splat_of, store_lanes
-from lightning_int8.backends.cpu.microkernel import INTS, LANES, QUAD, ROWS, WIDTH
+from lightning_int8.backends.cpu.llvm import load_lanes, place_in, splat_of, store_lanes
+from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH
 from lightning_int8.backends.cpu.threads import split
 
-_BYTES = ir.VectorType(ir.IntType(8), LANES)
+_AT_ONCE = 64  # bytes of each of four rows
+_BYTES, _QUADS = ir.VectorType(ir.IntType(8), _AT_ONCE), ir.VectorType(ir.IntType(32), _AT_ONCE)
 
 _ONES = np.uint32(0x01010101)
-_FLIP = np.uint32(0x80808080)
-_NO_FLIP = np.uint32(0)
+FLIP = np.uint32(0x80808080)
+NO_FLIP = np.uint32(0)
 _PRESENT = np.array([0, 0xFF, 0xFFFF, 0xFFFFFF, 0xFFFFFFFF], np.uint32)
 
 _SMALLEST_PIECE = 1 << 16  # quads that are worth a thread
@@ -56,8 +57,8 @@ def of_weight(weight: Tensor, runs: int, run: int) -> np.ndarray:
 
         def work(first: int, last: int) -> None:
             for p in range(first, last):
-                rest = (_NO_FLIP, min(WIDTH, columns - p * WIDTH), by_panel[p], places, 0, 0)
-                _interleave(flat[p * WIDTH :], begins, weight.stride(-1), QUAD, *rest, 0, words)
+                rest = (NO_FLIP, min(WIDTH, columns - p * WIDTH), by_panel[p], places, 0, 0)
+                interleave(flat[p * WIDTH :], begins, weight.stride(-1), QUAD, *rest, 0, words)
 
     else:
         rows = weight.reshape(columns, runs, run)
@@ -99,7 +100,7 @@ def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, more: i
     quads[fours * count :] = 0
     begins, places, kept, borders, lengths = _rows(spatial, pads, channels)
     flat = x.reshape(-1).view(torch.uint8).numpy()
-    work = partial(_interleave, flat, begins, prod(x.shape[1:]), samples, _NO_FLIP, kept, quads, places, count, 0)
+    work = partial(interleave, flat, begins, prod(x.shape[1:]), samples, NO_FLIP, kept, quads, places, count, 0)
     split(work, fours * len(begins), -(-_SMALLEST_PIECE // max(1, kept)))
     if len(borders):
         present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
@@ -157,8 +158,8 @@ def of_gradient(g: Tensor, first: int, count: int, channels: int, more: int) -> 
     for part in range(parts):
         own = min(channels, count - part * channels)
         data, target = flat[first + part * channels :], quads[part * height :]
-        rest = (positions * row, samples, _FLIP, own, target, places, step, height - own)
-        split(partial(_interleave, data, begins, *rest), fours * positions, -(-_SMALLEST_PIECE // channels))
+        rest = (positions * row, samples, FLIP, own, target, places, step, height - own)
+        split(partial(interleave, data, begins, *rest), fours * positions, -(-_SMALLEST_PIECE // channels))
     return out, height
 
 
@@ -170,23 +171,28 @@ def _store_quads(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data, *begins, mask, flip, room, out, o = arguments
-        quads = constant(INTS, 0)
-        for k, begin in enumerate(begins):
-            place = place_in(context, builder, signature.args[0], data, begin, _BYTES)
-            row = builder.zext(load_lanes(builder, place, room, _BYTES, f"v{LANES}i8"), INTS)
-            quads = builder.or_(quads, builder.shl(row, constant(INTS, 8 * k)))
-        quads = builder.and_(quads, splat_of(builder, mask, INTS))
-        quads = builder.xor(quads, splat_of(builder, flip, INTS))
-        place = place_in(context, builder, signature.args[8], out, o, INTS)
-        store_lanes(builder, quads, place, room, f"v{LANES}i32")
+        places = [place_in(context, builder, signature.args[0], data, begin, _BYTES) for begin in begins]
+        a, b, c, d = (load_lanes(builder, place, room, _BYTES, f"v{_AT_ONCE}i8") for place in places)
+        pairs = [builder.bitcast(interleaved(builder, *two), halves) for two in ((a, b), (c, d))]
+        quads = builder.bitcast(interleaved(builder, *pairs), _QUADS)
+        quads = builder.and_(quads, splat_of(builder, mask, _QUADS))
+        quads = builder.xor(quads, splat_of(builder, flip, _QUADS))
+        place = place_in(context, builder, signature.args[8], out, o, _QUADS)
+        store_lanes(builder, quads, place, room, f"v{_AT_ONCE}i32")
         return context.get_dummy_value()
+
+    halves = ir.VectorType(ir.IntType(16), _AT_ONCE)
+
+    def interleaved(builder: Any, first: Any, second: Any) -> Any:
+        order = [lane + source * _AT_ONCE for lane in range(_AT_ONCE) for source in range(2)]
+        return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
 
     n = types.int64
     return types.void(data, n, n, n, n, types.uint32, types.uint32, n, out, n), generate
 
 
 @compiled
-def _interleave(data, begins, stride, samples, flip, count, out, places, step, filled, first, last):
+def interleave(data, begins, stride, samples, flip, count, out, places, step, filled, first, last):
     """Rows of four samples at a time as quads.
 
     Args:
@@ -211,7 +217,7 @@ def _interleave(data, begins, stride, samples, flip, count, out, places, step, f
         b = a + stride if present > 1 else a
         c = b + stride if present > 2 else a
         d = c + stride if present > 3 else a
-        for k in range(0, count, LANES):
+        for k in range(0, count, _AT_ONCE):
             _store_quads(data, a + k, b + k, c + k, d + k, mask, flip, count - k, out, o + k)
         for k in range(count, count + filled):
             out[o + k] = _ONES

@@ -66,7 +66,7 @@ def up_or_down(typing_context: Any, y: Any, first: Any, k0: Any, k1: Any) -> Any
         floor = operation(builder, f"llvm.floor.v{LANES}f32", FLOATS, y)
         share = builder.fmul(builder.fsub(y, floor), constant(FLOATS, float(1 << RANDOM_BITS)))
         up = builder.fcmp_ordered("<", noise, share)
-        return builder.fadd(floor, builder.select(up, constant(FLOATS, 1.0), constant(FLOATS, 0.0)))
+        return builder.select(up, builder.fadd(floor, constant(FLOATS, 1.0)), floor)
 
     return floats(y, types.uint32, types.uint32, types.uint32), generate
 
