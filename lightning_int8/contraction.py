@@ -69,10 +69,12 @@ class LayerState:
         """Why the layer computes in float after all, empty if it does not."""
         return self.kept_by_recipe or ("" if self.times is None else self.times.reason)
 
-    def note(self, call: LayerCall) -> None:
-        """Take note of a training call; the largest one is what timings and the report are about."""
-        if self.call is None or call.extent > self.call.extent:
-            self.call = call
+    def note(
+        self, x: Tensor, geometry: ConvGeometry | None, channels_last: bool, needs_input: bool, needs_weight: bool
+    ) -> None:
+        """Take note of a training call, see ``LayerCall``; the largest is what timings and the report are about."""
+        if self.call is None or (needs_input + needs_weight, x.numel()) > self.call.extent:
+            self.call = LayerCall.of(x, geometry, channels_last, needs_input, needs_weight)
             self.counts.routes.clear()
 
     def adapt_widths(self, rule: BitWidthRule) -> None:
@@ -155,7 +157,7 @@ class _Contraction(torch.autograd.Function):
             state.clock.order.append(state.name)
         needs_x, needs_w = (differentiable and needed for needed in ctx.needs_input_grad[:2])
         if fresh:
-            state.note(LayerCall.of(x, geometry, channels_last, needs_x, needs_w))
+            state.note(x, geometry, channels_last, needs_x, needs_w)
         keys = {o: o.draw(fresh, x.device) for o in state.distinct_operands()}
         dtype = _output_dtype(x)
         defers = geometry is not None and state.fuse and backend.fuses and dtype in FLOAT_DTYPES
@@ -166,13 +168,12 @@ class _Contraction(torch.autograd.Function):
             source, w = _canonical(x, geometry, backend), _canonical(weight, geometry, backend)
             qx = planes.of(operands["output.lhs"], source, keys)
             qw = planes.of(operands["output.rhs"], w, keys)
-            adds_bias, wants_moments = bias is not None and not defers, bias is None and defers and training
-            # A convolution without a bias is mostly one before a batch norm.
-            moments = torch.full((2, len(weight)), torch.nan, dtype=torch.float64) if wants_moments else None
-            form = Form(torch.float32 if adds_bias else dtype, moments)
+            moments = None
+            if defers and training and bias is None:
+                # A convolution without a bias is mostly one before a batch norm.
+                moments = torch.full((2, len(weight)), torch.nan, dtype=torch.float64)
+            form = Form(dtype, None if bias is None else bias.float(), moments)
             y = backend.output(qx, qw, geometry, state.counts, form)
-            if adds_bias:
-                y = (y + bias.float()).to(dtype)
             saved_w = planes.of(operands["grad_input.rhs"], w, keys) if needs_x else None
             saved_x = planes.of(operands["grad_weight.rhs"], source, keys) if needs_w else None
 
@@ -182,10 +183,9 @@ class _Contraction(torch.autograd.Function):
         if geometry is None:
             return y
         if defers:
-            offset = None if bias is None else bias.detach().float().clone()  # the optimizer changes it in place
             if moments is not None and bool(moments[1, 0].isnan()):
                 moments = None  # not by this backend or route, or of what is no number
-            return Deferred(Expression((Term(y),), offset, moments=moments), channels_last)
+            return Deferred(Expression((Term(y),), moments=moments), channels_last)
         # `.data`, since autograd must not take the output for a view.
         return y.movedim(-1, 1).data if channels_last else y.movedim(-1, 1).contiguous()
 

@@ -72,6 +72,11 @@ class _Int8Conv(_Int8Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, C, *spatial)`` or unbatched ``(C, *spatial)``; the memory format follows the input or the weight."""
+        # Without this each look at a deferred tensor's shape would be a call of its ``__torch_function__``.
+        with torch._C.DisableTorchFunctionSubclass():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
         spatial = len(self.kernel_size)
         if x.dim() not in (spatial + 1, spatial + 2):
             raise ValueError(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -19,10 +20,11 @@ from lightning_int8.backends.cpu.gemm import Gemm
 from lightning_int8.backends.cpu.im2col_route import Im2col
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Scales
+from lightning_int8.backends.form import FLOAT32, Form
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
 
-panels = compiled_pass("panels")
+panels, implicit_conv = compiled_pass("panels"), compiled_pass("implicit_conv")
 
 # Not whether it is exact: where the instruction is, a kernel that is not must fail here and not be skipped.
 RUNS = implicit_route.IMPLICIT is not None and implicit_route.IMPLICIT.is_available()
@@ -135,16 +137,50 @@ def test_large_problems_are_exact(case):
     g = Plane(bytes_of((batch, *geometry.output_size, out_channels), 2), one)
     trusted, own = Im2col(Gemm(int_matmul.exact_matmul())), implicit_route.Implicit()
     left, right = torch.linspace(0.1, 0.9, out_channels), torch.tensor(0.37)
+    biased = Form(torch.bfloat16, torch.linspace(-1e5, 1e5, out_channels))
     for contraction, a, b, scales in (
         ("output", x, w, Scales(right, left)),
         ("grad_input", g, w, Scales(right, right)),
         ("grad_weight", g, x, Scales(left, right)),
     ):
-        for own_scales in (None, scales, scales._replace(dtype=torch.bfloat16)):
+        for form in (None, FLOAT32, Form(torch.bfloat16), Form(torch.float16), biased):
+            if form is biased and contraction != "output":
+                continue
+            own_scales = None if form is None else scales._replace(form=form)
             expected = trusted.run(contraction, a, b, geometry, own_scales)
             found = own.run(contraction, a, b, geometry, own_scales)
-            assert found.dtype == (torch.int32 if own_scales is None else own_scales.dtype)
-            assert torch.equal(found, expected.to(found.dtype)), contraction
+            assert torch.equal(found, expected if form is None else form.finish(expected)), (contraction, form)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "kernel"), [(1, 3), (1, 1), (4, 3)])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_moments_are_those_of_the_output(dtype, groups, kernel, pieces, monkeypatch):
+    monkeypatch.setattr(implicit_conv, "split", lambda work, count, _: in_pieces(work, count, pieces))
+    geometry = ConvGeometry(
+        input_size=(9, 7),
+        kernel_size=(kernel, kernel),
+        stride=(1, 1),
+        padding=((0, 1), (1, 1)),
+        dilation=(1, 1),
+        groups=groups,
+    )
+    one = torch.ones(())
+    x, w = Plane(bytes_of((5, 9, 7, 16)), one), Plane(bytes_of((76, kernel, kernel, 16 // groups), 1), one)
+    moments = torch.full((2, 76), torch.nan, dtype=torch.float64)
+    form = Form(dtype, torch.linspace(-1e6, 1e6, 76), moments)
+    scales = Scales(torch.tensor(0.37), torch.linspace(0.1, 0.9, 76), form)
+    y = implicit_route.Implicit().run("output", x, w, geometry, scales)
+    assert y.dtype == dtype
+    exact = implicit_route.Implicit().run("output", x, w, geometry, scales._replace(form=Form(bias=form.bias)))
+    values = exact.flatten(0, -2).double()
+    torch.testing.assert_close(moments[0], values.mean(0), rtol=1e-6, atol=1e-3)
+    torch.testing.assert_close(moments[1], values.var(0, unbiased=False), rtol=1e-4, atol=0)
+
+
+def in_pieces(work, count, pieces):
+    ends = [count * k // pieces for k in range(pieces + 1)]
+    return [work(first, last) for first, last in pairwise(ends)]
 
 
 @pytest.mark.parametrize("shapes", [((0, 64), (7, 64)), ((3, 0), (7, 0)), ((3, 4), (0, 4))])
@@ -191,8 +227,10 @@ def test_operators_have_fakes():
     scales = [torch.tensor(0.3), torch.tensor(0.2)]
     for contraction, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
         for how in (([], torch.int32), (scales, torch.float32), (scales, torch.bfloat16)):
-            moments = torch.full((2, 6), torch.nan, dtype=torch.float64) if contraction == "output" and how[0] else None
-            arguments = contraction, a, b, *numbers, None, *how, moments
+            bias = moments = None
+            if contraction == "output" and how[0]:
+                bias, moments = torch.ones(6), torch.full((2, 6), torch.nan, dtype=torch.float64)
+            arguments = contraction, a, b, *numbers, None, *how, bias, moments
             operator = torch.ops.lightning_int8.implicit_conv
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 

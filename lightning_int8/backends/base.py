@@ -115,11 +115,11 @@ class Backend(ABC):
     ) -> Tensor:
         """fl(fl(fl(sums) · scale_lhs) · scale_rhs) of planes ``a[i]`` and ``b[j]``; see ``accumulate``.
 
-        As ``form`` wants it where that takes no pass of its own, else in float32.
+        In the form that is wanted.
         """
         sums = self.accumulate(contraction, a.planes[i], b.planes[j], geometry)
         left, right = output_scales(contraction, a, b, i, j, geometry, sums.dim())
-        return sums.to(torch.float32).mul_(left).mul_(right)
+        return form.finish(sums.to(torch.float32).mul_(left).mul_(right))
 
     def output(
         self,
@@ -129,8 +129,8 @@ class Backend(ABC):
         counts: Counts,
         form: Form = FLOAT32,
     ) -> Tensor:
-        """x · w in the dtype of ``form``, canonical order."""
-        return self._contract("output", x, w, geometry, counts, form).to(form.dtype)
+        """x · w in the form that is wanted, canonical order."""
+        return self._contract("output", x, w, geometry, counts, form)
 
     def grad_input(
         self,
@@ -140,8 +140,8 @@ class Backend(ABC):
         counts: Counts,
         form: Form = FLOAT32,
     ) -> Tensor:
-        """g · w in the dtype of ``form``, canonical order."""
-        return self._contract("grad_input", g, w, geometry, counts, form).to(form.dtype)
+        """g · w in the form that is wanted, canonical order."""
+        return self._contract("grad_input", g, w, geometry, counts, form)
 
     def grad_weight(
         self,
@@ -151,8 +151,8 @@ class Backend(ABC):
         counts: Counts,
         form: Form = FLOAT32,
     ) -> Tensor:
-        """g · x in the dtype of ``form``, canonical order."""
-        return self._contract("grad_weight", g, x, geometry, counts, form).to(form.dtype)
+        """g · x in the form that is wanted, canonical order."""
+        return self._contract("grad_weight", g, x, geometry, counts, form)
 
     def _contract(
         self,
@@ -163,16 +163,18 @@ class Backend(ABC):
         counts: Counts,
         form: Form,
     ) -> Tensor:
-        """The contraction, see ``scaled``; several products are added in float32."""
         assert contraction in CONTRACTIONS
         pairs = plane_pairs(a, b)
+        if len(pairs) == 1:
+            counts[self.name, contraction] += 1
+            return self.scaled(contraction, a, b, 0, 0, geometry, form)
         total: Tensor | None = None
         for i, j in pairs:
-            scaled = self.scaled(contraction, a, b, i, j, geometry, form if len(pairs) == 1 else FLOAT32)
+            scaled = self.scaled(contraction, a, b, i, j, geometry, FLOAT32)
             counts[self.name, contraction] += 1
             total = scaled if total is None else total.add_(scaled)
         assert total is not None
-        return total
+        return form.finish(total)
 
 
 def plane_pairs(a: Quantized, b: Quantized) -> list[tuple[int, int]]:

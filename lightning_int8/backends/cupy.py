@@ -82,7 +82,7 @@ class CuPy(Backend):
             total = self._product(contraction, a.planes[i], b.planes[j], geometry, total, scaled=True)
             counts[self.name, contraction] += 1
         assert total is not None
-        return total
+        return form.finish(total)
 
     def _product(
         self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry | None, addend: Tensor | None, scaled: bool

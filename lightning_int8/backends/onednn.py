@@ -109,7 +109,7 @@ class OneDNN(Backend):
         scales = _scales(contraction, left, b, j, geometry, form)
         if scales is None:
             sums = self.accumulate(contraction, left, right, geometry)
-            return scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim()))
+            return form.finish(scaled_sums(sums, *output_scales(contraction, a, b, i, j, geometry, sums.dim())))
         return self._choice.run(contraction, left, right, geometry, scales)
 
     def _contract(
@@ -141,4 +141,4 @@ def _scales(contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvG
     if contraction == "grad_weight" and b.axis is not None:
         return None
     by_group = contraction == "grad_input" and b.axis is not None
-    return Scales(left.scale, right.repeat(geometry.groups) if by_group else right, form.dtype, form.moments)
+    return Scales(left.scale, right.repeat(geometry.groups) if by_group else right, form)

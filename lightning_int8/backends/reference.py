@@ -51,7 +51,7 @@ class Reference(Backend):
             left, right = output_scales(contraction, a, b, i, j, geometry, sums.dim())
             total = total + sums.double() * (left.double() * right.double())
         assert isinstance(total, Tensor)
-        return total.float()
+        return form.finish(total.float())
 
 
 def make() -> Reference:

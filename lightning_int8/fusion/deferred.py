@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,9 +64,12 @@ class Deferred(Tensor):
     @staticmethod
     def __new__(cls, expression: Expression, channels_last: bool) -> Deferred:  # noqa: D102 - see the class
         batch, *spatial, channels = expression.shape
-        shape = torch.Size((batch, channels, *spatial))
-        format_like = torch.empty(expression.shape, device="meta").movedim(-1, 1)
-        strides = format_like.stride() if channels_last else format_like.contiguous().stride()
+        shape = (batch, channels, *spatial)
+        if channels_last:
+            outer, *rest, innermost = _contiguous_strides(expression.shape)
+            strides = (outer, innermost, *rest)
+        else:
+            strides = _contiguous_strides(shape)
         self = Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=expression.dtype, device=_CPU)
         self._expression, self._plain, self.channels_last = expression, None, channels_last
         return self
@@ -100,11 +103,11 @@ class Deferred(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _FUSED:
-            result = _FUSED[func](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
         with torch._C.DisableTorchFunctionSubclass():
+            if func in _FUSED:
+                result = _FUSED[func](*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
             if func in _NEED_STORAGE:
                 args = tree_map(_with_history, args)
             return func(*args, **kwargs)
@@ -130,6 +133,13 @@ class Deferred(Tensor):
         """Before a change in place: values that an expression elsewhere may read stay as they are."""
         if not self.is_computed:
             self._plain = self.plain().clone(memory_format=torch.preserve_format)
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides))
 
 
 def canonical(tensor: Tensor | None) -> Expression:

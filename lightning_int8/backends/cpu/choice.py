@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.route import Route, Scales
+from lightning_int8.backends.form import Form
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
 
@@ -48,7 +49,7 @@ class Choice:
         self._timed: dict[str, list[Route]] = {}
 
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
-        """The contraction by the fastest route, see ``Route.run``; with ``scales`` in their dtype."""
+        """The contraction by the fastest route, see ``Route.run``; with ``scales`` in their form."""
         return _run(self.pick(contraction, a, b, geometry, scales), contraction, a, b, geometry, scales)
 
     def pick(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> Route:
@@ -61,9 +62,9 @@ class Choice:
         if problem in self._picked:
             return self._picked[problem]
         candidates = list(able)
-        if scales is not None and scales.moments is not None:
+        if scales is not None and scales.form.moments is not None:
             # Sums of floats depend on their order: where a route sums them at all, timings must not change the result.
-            candidates = [r for r in candidates if r.sums_moments] or candidates
+            candidates = [r for r in candidates if r.finishes] or candidates
         timed = self._timed.setdefault(layer, [])
         if len(timed) >= SHAPES_TIMED:
             return timed[-1] if timed[-1] in candidates else candidates[0]
@@ -93,7 +94,9 @@ class Choice:
             # Scales of many digits, so that another order of rounding shows; the real ones may even be NaN.
             first = (0.37, 0.1)  # two numbers, or an exchange of both would not show
             both = zip(first, (scales.left, scales.right), strict=True)
-            probe = Scales(*(torch.linspace(f, 0.9, s.numel()).reshape(s.shape) for f, s in both), scales.dtype)
+            probe = Scales(
+                *(torch.linspace(f, 0.9, s.numel()).reshape(s.shape) for f, s in both), Form(scales.form.dtype)
+            )
         expected = _run(self._trusted, contraction, a, b, geometry, probe)
         exact = []
         for route in candidates:
@@ -122,7 +125,7 @@ def fastest(
 
 def _run(route: Route, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> Tensor:
     result = route.run(contraction, a, b, geometry, scales)
-    return result if scales is None else result.to(scales.dtype)
+    return result if scales is None or route.finishes else scales.form.finish(result)
 
 
 def _layer(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> str:
@@ -132,8 +135,8 @@ def _layer(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales:
         out, per_group = a.data.shape[-1], b.data.shape[-1] // geometry.groups
     affine = "".join("z" if p.zero_point is not None else "-" for p in (a, b))
     windows = (geometry.kernel_size, geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    form = "sums" if scales is None else str(scales.dtype).removeprefix("torch.")
-    if scales is not None and scales.moments is not None:
+    form = "sums" if scales is None else str(scales.form.dtype).removeprefix("torch.")
+    if scales is not None and scales.form.moments is not None:
         form += " with moments"
     return f"{contraction} {form} {affine}, {out}:{per_group}, windows {windows}, {torch.get_num_threads()} threads"
 

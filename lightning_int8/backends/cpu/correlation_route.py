@@ -53,6 +53,6 @@ class CorrelationRoute(Route):
             geometry,
             a.data.shape[0],
             b.data.shape[-1] * groups,
-            torch.int32 if scales is None else scales.dtype,
+            torch.int32 if scales is None else torch.float32,
             lambda r: self.correlate(a, transposed_weight(b, r, groups), residue_correlation(r, groups), scales),
         )

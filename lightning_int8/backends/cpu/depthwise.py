@@ -33,7 +33,7 @@ def correlate(
         taps: int64, where each tap begins, from there.
         weight: int16 holding int8 values, ``(taps, block)``: the weight of a position's channels, repeated.
         scales: float32 left factor, and right factor: a scalar, or repeated as the weight, ``(block,)``.
-        out: ``(rows, length)``, int32 or, with scales, floats.
+        out: ``(rows, length)``, int32 or, with scales, float32.
     """
 
     def work(first: int, last: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES, as_array
+from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.columns import padded
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets, output_correlation
@@ -43,10 +43,8 @@ class Depthwise(CorrelationRoute):
 
     def correlate(self, data: Plane, weight: Plane, correlation: Correlation, scales: Scales | None) -> Tensor:
         """See ``Route.correlate``."""
-        how: tuple[list[Tensor], torch.dtype] = [], torch.int32
-        if scales is not None:
-            how = [scales.left, scales.right], scales.dtype if scales.dtype in FLOAT_DTYPES else torch.float32
-        return torch.ops.lightning_int8.depthwise_conv(data.data, weight.data, *_arguments(correlation), *how)
+        factors = [] if scales is None else [scales.left, scales.right]
+        return torch.ops.lightning_int8.depthwise_conv(data.data, weight.data, *_arguments(correlation), factors)
 
     def grad_weight(self, g: Plane, x: Plane, geometry: ConvGeometry) -> Tensor:
         """See ``Route.grad_weight``."""
@@ -69,12 +67,11 @@ def depthwise_conv(
     tap_step: list[int],
     padding: list[int],
     scales: list[Tensor],
-    dtype: torch.dtype,
 ) -> Tensor:
     """Σ over taps of int8 data ``(N, *spatial, C)`` times int8 weight ``(C, *taps, 1)``, see ``Correlation``.
 
     Returns:
-        ``(N, *size, C)`` in ``dtype``: int32 or, with scales (``()``; ``()`` or ``(C,)``), float32 or bfloat16.
+        ``(N, *size, C)``: int32 or, with scales (``()``; ``()`` or ``(C,)``), float32.
     """
     assert DEPTHWISE is not None
     batch, channels = data.shape[0], data.shape[-1]
@@ -86,14 +83,15 @@ def depthwise_conv(
         left, right = scales
         second = np.float32(right.item()) if right.dim() == 0 else right.repeat(repeats).numpy()
         factors = (np.float32(left.item()), second)
-    out = empty(batch, *size, channels, dtype=dtype)
+    out = empty(batch, *size, channels, dtype=torch.float32 if scales else torch.int32)
     DEPTHWISE.correlate(flat, starts, offsets, by_tap.numpy(), factors, as_array(out).reshape(len(starts), -1))
     return out
 
 
 @torch.library.register_fake("lightning_int8::depthwise_conv")
 def _(data: Tensor, weight: Tensor, size: list[int], *rest: Any) -> Tensor:
-    return data.new_empty(data.shape[0], *size, data.shape[-1], dtype=rest[-1])
+    dtype = torch.float32 if rest[-1] else torch.int32
+    return data.new_empty(data.shape[0], *size, data.shape[-1], dtype=dtype)
 
 
 @operator()

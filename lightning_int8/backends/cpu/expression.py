@@ -6,7 +6,7 @@ compute and costs a walk through memory; an ``Expression`` remembers them until 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import nan
 from typing import Any
 
@@ -85,7 +85,7 @@ class Term:
         factor: float32 ``(C,)``, or None for 1.
         mask: Elements to keep, all others count as 0; None keeps all.
         unpooled: The values are those of windows, to be put where their maxima were, and added there; or None.
-        version: Of ``values`` when the term was made.
+        version: Of ``values`` when the term was made, see ``version_of``.
     """
 
     values: Tensor
@@ -93,6 +93,10 @@ class Term:
     mask: Mask | None = None
     unpooled: Unpooled | None = None
     version: int = -1
+
+    def __post_init__(self) -> None:
+        if self.version < 0:
+            object.__setattr__(self, "version", version_of(self.values))
 
     @property
     def shape(self) -> torch.Size:
@@ -135,7 +139,7 @@ class Expression:
     ) -> None:
         assert 1 <= len(terms) <= 2
         assert all(t.values.is_contiguous() and t.values.dtype == terms[0].values.dtype for t in terms)
-        self.terms = tuple(t if t.version >= 0 else replace(t, version=version_of(t.values)) for t in terms)
+        self.terms = terms
         self.offset = offset
         self.rectified = rectified
         self.upper = upper
@@ -176,7 +180,7 @@ class Expression:
 
     def computed(self, values: Tensor) -> None:
         """Take over values that a pass has computed along with something else."""
-        self.terms, self.offset, self.rectified = (Term(values, version=version_of(values)),), None, False
+        self.terms, self.offset, self.rectified = (Term(values),), None, False
 
     def checked(self) -> Expression:
         """Itself.

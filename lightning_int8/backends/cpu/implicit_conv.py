@@ -48,7 +48,6 @@ def correlate(
     scales: Scales | None,
     targets: np.ndarray,
     result: Tensor,
-    moments: Tensor | None = None,
 ) -> None:
     """Write the windowed sums of one correlation, scaled if there are scales.
 
@@ -57,15 +56,14 @@ def correlate(
         zero: Its zero point ``()``, or None.
         weight: int8 ``(Co, *taps, C / groups)``, any strides.
         correlation: The windows.
-        scales: See ``Scales``.
+        scales: See ``Scales``; its form is taken but for the dtype.
         targets: int64: where each position of a sample belongs in one of ``result``.
         result: float32 or bfloat16 with ``scales``, else int32; contiguous, its last axis is Co.
-        moments: float64 ``(2, Co)``, to be filled with the mean and the biased variance of each channel of the results
-            before they are rounded to bfloat16; or None.
     """
     assert data.is_contiguous()
     batch, channels = data.shape[0], data.shape[-1]
     fill = 0 if zero is None else int(zero)
+    moments = None if scales is None else scales.form.moments
     # Windows of one tap and whole quads are copied and made unsigned a few at a time; others are read where they lie.
     is_single = all(n == 1 for n in correlation.taps) and channels // correlation.groups % QUAD == 0
     is_signed = is_single and all(p == (0, 0) for p in correlation.padding)
@@ -77,7 +75,7 @@ def correlate(
     samples, out = (source.stride(0), result.stride(0)), as_array(result)
     shape = tuple(source.shape[1:]) if correlation.size else (channels,)
     for block in blocks(correlation.groups, channels, len(weight)):
-        own = block.weight(Plane(weight, torch.ones(()))) if block.groups < correlation.groups else weight
+        own = weight if correlation.groups == 1 else block.weight(Plane(weight, torch.ones(())))
         windows = _windows(correlation, shape, block.inputs.start, block.inputs.stop, is_signed)
         packed = panels.of_weight(own, windows.runs, windows.run)
         starts = _column_sums(packed, windows.runs, windows.quads, len(own)) * -(int(UNSIGNED) + fill)
@@ -140,7 +138,7 @@ def _column_sums(packed: np.ndarray, count: int, quads: int, columns: int) -> np
     sums, unused = np.empty(whole, np.int32), np.zeros(whole, np.float32)
     ones, pieces = _row_of_ones(count, quads * QUAD)
     operands = ones, False, (0, 0), _ORIGIN, _ORIGIN, pieces, quads, packed, unused.view(np.int32)
-    _compiled_correlate(*operands, (np.float32(1), unused), whole, ROWS, sums, None, 0, 1)
+    _compiled_correlate(*operands, (np.float32(1), unused, None), whole, ROWS, sums, None, 0, 1)
     return sums
 
 
@@ -150,13 +148,17 @@ def _row_of_ones(count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     return np.ones(length, np.uint8), _pieces(np.zeros(count, np.int64), np.arange(count) * length * WIDTH)
 
 
-def _factors(scales: Scales | None, block: Block, columns: int) -> tuple[np.float32, np.ndarray]:
-    """Scales as ``correlate`` reads them."""
+def _factors(scales: Scales | None, block: Block, columns: int) -> tuple[np.float32, np.ndarray, np.ndarray | None]:
+    """Scales and the bias as ``correlate`` reads them."""
     right = np.zeros(columns, np.float32)
     if scales is None:
-        return np.float32(1), right
+        return np.float32(1), right, None
     right[: block.out_count] = block.out(scales.right).numpy()
-    return np.float32(scales.left.item()), right
+    bias = None
+    if scales.form.bias is not None:
+        bias = np.zeros(columns, np.float32)
+        bias[: block.out_count] = block.out(scales.form.bias).numpy()
+    return np.float32(scales.left.item()), right, bias
 
 
 # --- grad_weight -----------------------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def correlate(
         quads: Quads of a piece.
         panels: uint8, flat: the signed bytes of ``(panel, piece, quad, WIDTH, QUAD)``.
         starts: int32: what the sums of each column begin with, whole vectors.
-        scales: (left, right): float32, a number and one for each column, whole vectors.
+        scales: (left, right, bias): float32, a number and one for each column, whole vectors; the bias may be None.
         columns: Columns.
         at_once: Positions that are multiplied with one panel before the next one; whole tiles.
         out: flat.
@@ -300,6 +300,7 @@ def _write_sums(
             signature.args[7],
             total,
             [splat_of(builder, f, FLOATS) for f in (left, right)],
+            None,
             out,
             o,
             room,

@@ -27,6 +27,7 @@ from lightning_int8.backends.cpu.gemm import CENTRED_LIMIT, RAW_LIMIT
 from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Route, Scales
 from lightning_int8.backends.cpu.torch_operator import operator
+from lightning_int8.backends.form import Form
 from lightning_int8.geometry import ConvGeometry, Residue
 from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX, Plane
 
@@ -41,7 +42,7 @@ class Implicit(Route):
 
     name = "implicit"
     multiplies_matrices = True
-    sums_moments = True
+    finishes = True
 
     def supports(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> bool:
         """See ``Route.supports``."""
@@ -58,12 +59,14 @@ class Implicit(Route):
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
         """See ``Route.run``."""
         zero = (b if contraction == "grad_weight" else a).zero_point
-        how: tuple[list[Tensor], torch.dtype, Tensor | None] = [], torch.int32, None
+        how: tuple[Any, ...] = [], torch.int32, None, None
         if scales is not None:
-            dtype = scales.dtype if scales.dtype in FLOAT_DTYPES else torch.float32
-            how = [scales.left, scales.right], dtype, scales.moments
+            form = scales.form
+            dtype = form.dtype if form.dtype in FLOAT_DTYPES else torch.float32
+            how = [scales.left, scales.right], dtype, form.bias, form.moments
         operands = contraction, a.data, b.data, *_numbers(geometry), zero
-        return torch.ops.lightning_int8.implicit_conv(*operands, *how)
+        result = torch.ops.lightning_int8.implicit_conv(*operands, *how)
+        return result if scales is None else result.to(scales.form.dtype)
 
 
 def _longest(zero: Tensor | None) -> int:
@@ -115,6 +118,7 @@ def implicit_conv(
     zero: Tensor | None,
     scales: list[Tensor],
     dtype: torch.dtype,
+    bias: Tensor | None,
     moments: Tensor | None,
 ) -> Tensor:
     """A contraction of int8 operands, see ``Backend.accumulate``; none is empty, and all but w are contiguous.
@@ -132,10 +136,11 @@ def implicit_conv(
         zero: Zero point of the operand whose windows are read, x or else g; or None.
         scales: Left and right, see ``Scales``; empty for the sums.
         dtype: float32 or bfloat16 of scaled sums; int32 of the sums themselves, where a grad_weight may be int64.
-        moments: Of an output, to be filled, see ``Form``; or None.
+        bias: Of an output, see ``Form``; or None.
+        moments: Likewise, to be filled.
     """
     geometry = geometry_of(input_size, kernel_size, stride, padding, dilation, groups)
-    own_scales = Scales(scales[0], scales[1], dtype, moments) if scales else None
+    own_scales = Scales(scales[0], scales[1], Form(dtype, bias, moments)) if scales else None
     return _COMPUTED[contraction](a, b, geometry, zero, own_scales, dtype)
 
 
@@ -146,7 +151,7 @@ def _output(
     result = empty(len(x), *correlation.size, len(w), dtype=dtype)
     assert IMPLICIT is not None
     targets = _grid(correlation.size, result.stride()[1:-1])
-    IMPLICIT.correlate(x, zero, w, correlation, scales, targets, result, None if scales is None else scales.moments)
+    IMPLICIT.correlate(x, zero, w, correlation, scales, targets, result)
     return result
 
 
@@ -209,7 +214,7 @@ def _grid(sizes: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
 
 @torch.library.register_fake("lightning_int8::implicit_conv")
 def _(contraction: str, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-    *numbers, zero, _, dtype, _ = rest
+    *numbers, zero, _, dtype, _, _ = rest
     geometry = geometry_of(*numbers)
     if contraction == "output":
         return a.new_empty(len(a), *geometry.output_size, len(b), dtype=dtype)

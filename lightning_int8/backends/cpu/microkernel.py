@@ -129,12 +129,20 @@ def _for_width(builder: Any, vectors: Any, emit: Callable[[int], None]) -> None:
 
 
 def write_scaled(
-    context: Any, builder: Any, kind: Any, sums: Any, factors: list[Any], out: Any, o: Any, room: Any
+    context: Any,
+    builder: Any,
+    kind: Any,
+    sums: Any,
+    factors: list[Any],
+    offset: Any,
+    out: Any,
+    o: Any,
+    room: Any,
 ) -> Any:
     """Emit the end of a contraction: a vector of sums to ``out[o:]``, no more than there is room for.
 
-    An array of floats takes fl(fl(fl(sums) · left) · right), one of int32 the sums. What was written comes back, but
-    as float32 in place of narrower floats.
+    An array of floats takes fl(fl(fl(sums) · left) · right), plus the offset unless it is None; one of int32 the sums.
+    What was written comes back, but as float32 in place of narrower floats.
     """
     if kind.dtype == types.int32:
         store_lanes(builder, sums, place_in(context, builder, kind, out, o, INTS), room, f"v{LANES}i32")
@@ -142,6 +150,7 @@ def write_scaled(
     scaled = builder.sitofp(sums, FLOATS)
     for factor in factors:
         scaled = builder.fmul(scaled, factor)
+    scaled = scaled if offset is None else builder.fadd(scaled, offset)
     store_floats(context, builder, kind, scaled, out, o, room)
     return scaled
 
@@ -161,6 +170,7 @@ def write_tile(
     c: Any,
     left: Any,
     right: Any,
+    bias: Any,
     out: Any,
     places: Any,
     count: Any,
@@ -183,6 +193,7 @@ def write_tile(
         c: First column.
         left: float32: result = fl(fl(fl(sum) · left) · right).
         right: float32, whole vectors, from ``right[c]`` on.
+        bias: Likewise: what is added then; or None.
         out: Floats, see ``floats``, or int32, flat.
         places: int64: where column 0 of each row belongs, from ``places[i]`` on.
         count: Rows from the first one of the array on; those of the tile behind them repeat the last one.
@@ -192,8 +203,8 @@ def write_tile(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        columns, data, rows, i, pieces, quads, panels, p, starts, c, left, right, out, places = arguments[:14]
-        count, pivots, moments = arguments[14:]
+        columns, data, rows, i, pieces, quads, panels, p, starts, c = arguments[:10]
+        left, right, bias, out, places, count, pivots, moments = arguments[10:]
         kinds = signature.args
 
         def pointer(which: int, array: Any, index: Any, kind: Any) -> Any:
@@ -222,29 +233,32 @@ def write_tile(
             )
             room = builder.sub(columns, _number((vectors - 1) * LANES))
             by_left = splat_of(builder, left, FLOATS)
-            by_right = [
-                builder.load(pointer(11, right, builder.add(c, _number(v * LANES)), FLOATS), align=4)
-                for v in range(vectors)
-            ]
+            by_right, offsets = of_columns(11, right, vectors), of_columns(12, bias, vectors)
             results = []
             for r in range(ROWS):
-                own = builder.add(builder.load(pointer(13, places, each(r), _INT64)), c)
+                own = builder.add(builder.load(pointer(14, places, each(r), _INT64)), c)
                 for v in range(vectors):
                     total, o = sums[r * vectors + v], builder.add(own, _number(v * LANES))
                     own_room = _number(LANES) if v < vectors - 1 else room
-                    factors = [by_left, by_right[v]]
-                    results.append(write_scaled(context, builder, kinds[12], total, factors, out, o, own_room))
-            if not isinstance(kinds[16], types.NoneType):
+                    how = [by_left, by_right[v]], offsets[v]
+                    results.append(write_scaled(context, builder, kinds[13], total, *how, out, o, own_room))
+            if not isinstance(kinds[17], types.NoneType):
                 add_moments(vectors, results)
+
+        def of_columns(which: int, array: Any, vectors: int) -> list[Any]:
+            if isinstance(kinds[which], types.NoneType):
+                return [None] * vectors
+            places = [pointer(which, array, builder.add(c, _number(v * LANES)), FLOATS) for v in range(vectors)]
+            return [builder.load(place, align=4) for place in places]
 
         def add_moments(vectors: int, results: list[Any]) -> None:
             nothing = ir.Constant(FLOATS, [0.0] * LANES)
-            size = cgutils.create_struct_proxy(kinds[16])(context, builder, moments).nitems
+            size = cgutils.create_struct_proxy(kinds[17])(context, builder, moments).nitems
             squares_at = builder.add(c, builder.lshr(size, _number(1)))
             for v in range(vectors):
                 at = _number(v * LANES)
-                pivot = builder.load(pointer(15, pivots, builder.add(c, at), FLOATS), align=4)
-                places_of = [pointer(16, moments, builder.add(first, at), FLOATS) for first in (c, squares_at)]
+                pivot = builder.load(pointer(16, pivots, builder.add(c, at), FLOATS), align=4)
+                places_of = [pointer(17, moments, builder.add(first, at), FLOATS) for first in (c, squares_at)]
                 total, squares = (builder.load(place, align=4) for place in places_of)
                 for r in range(ROWS):
                     is_own = builder.icmp_signed("<", builder.add(i, _number(r)), count)
@@ -258,7 +272,7 @@ def write_tile(
 
     n = types.int64
     operands = (n, _BYTES, _OFFSETS, n, _OFFSETS, n, _BYTES, n, types.Array(types.int32, 1, "C"), n)
-    ends = (types.float32, types.Array(types.float32, 1, "C"), out, _OFFSETS, n, pivots, moments)
+    ends = (types.float32, types.Array(types.float32, 1, "C"), bias, out, _OFFSETS, n, pivots, moments)
     return types.void(*operands, *ends), generate
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from lightning_int8.backends.form import FLOAT32, Form
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
 
@@ -18,14 +18,12 @@ class Scales(NamedTuple):
     Attributes:
         left: float32 ``()``; of a grad_weight it may be ``(Co,)``.
         right: float32 ``()``; of an output or a grad_input it may be one per channel of the result.
-        dtype: See ``Form``; a route may leave the rounding to whoever calls it, and return float32.
-        moments: See ``Form``; filled by routes of which ``sums_moments`` says so.
+        form: See ``Route.finishes``.
     """
 
     left: Tensor
     right: Tensor
-    dtype: torch.dtype = torch.float32
-    moments: Tensor | None = None
+    form: Form = FLOAT32
 
 
 class Route(ABC):
@@ -37,12 +35,13 @@ class Route(ABC):
     Attributes:
         name: How reports and the timing file call it.
         multiplies_matrices: Whether it supports convolutions without spatial axes, which are matrix products.
-        sums_moments: Whether it fills the moments of an output.
+        finishes: Whether its results have the form that ``Scales`` ask for, moments included; those of other routes are
+            scaled, and float32.
     """
 
     name: str
     multiplies_matrices: bool = False
-    sums_moments: bool = False
+    finishes: bool = False
 
     @abstractmethod
     def supports(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scaled: bool) -> bool:

@@ -1,4 +1,4 @@
-"""The epilogue in one pass: int32 sums to floats, times both scales."""
+"""The epilogue in one pass: int32 sums to float32, times both scales."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_int8.backends.cpu.arrays import as_array, tile
+from lightning_int8.backends.cpu.arrays import tile
 from lightning_int8.backends.cpu.compiler import at, compiled, wide_vectors
-from lightning_int8.backends.cpu.floats import put
 from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split
 
 _BLOCK = 1024  # elements that one call of the inner loop takes, at least
@@ -19,13 +18,13 @@ def scale_into(out: Tensor, sums: Tensor, left: Tensor, right: Tensor) -> None:
     """``out = fl(fl(fl(sums) · left) · right)``.
 
     Args:
-        out: float32 or bfloat16 ``(rows, channels)``, contiguous.
+        out: float32 ``(rows, channels)``, contiguous.
         sums: int32, as ``out``.
         left: float32 ``()``.
         right: float32 ``()`` or ``(channels,)``.
     """
     rows, channels = out.shape
-    sums_flat, out_flat = sums.view(-1).numpy(), as_array(out)
+    sums_flat, out_flat = sums.view(-1).numpy(), out.view(-1).numpy()
     factor = np.float32(left.item())
     second: Any  # a number, or one for each element of a block
     if right.dim() == 0:
@@ -52,4 +51,4 @@ def scale_block(sums, left, right, out):
     """``out = fl(fl(fl(sums) · left) · right)``; ``right`` is a scalar or as long as ``sums``."""
     wide_vectors()
     for i in range(sums.size):
-        put(out, i, np.float32(np.float32(np.float32(sums[i]) * left) * at(right, i)))
+        out[i] = np.float32(np.float32(np.float32(sums[i]) * left) * at(right, i))
