@@ -27,7 +27,7 @@ from lightning_int8.numerics import Plane
 panels, implicit_conv = compiled_pass("panels"), compiled_pass("implicit_conv")
 
 # Not whether it is exact: where the instruction is, a kernel that is not must fail here and not be skipped.
-RUNS = implicit_route.IMPLICIT is not None and implicit_route.IMPLICIT.is_available()
+RUNS = implicit_route.MICROKERNEL is not None and implicit_route.MICROKERNEL.is_available()
 
 pytestmark = pytest.mark.skipif(not RUNS, reason="needs AVX512-VNNI and numba")
 

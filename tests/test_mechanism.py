@@ -140,7 +140,7 @@ def take_route(name, monkeypatch):
     """Let convolutions take one route wherever it can, instead of the fastest."""
     if name in ("direct", "subpixel") and not direct_route.is_exact():
         pytest.skip("without VNNI the direct convolution is not exact, hence not used")
-    if name == "implicit" and (implicit_route.IMPLICIT is None or not implicit_route.IMPLICIT.is_available()):
+    if name == "implicit" and (implicit_route.MICROKERNEL is None or not implicit_route.MICROKERNEL.is_available()):
         pytest.skip("this CPU has no AVX512-VNNI, or numba is missing")
     backend = load("onednn")
     monkeypatch.setattr(backend, "_choice", onednn.OneDNN(backend._gemm.matmul, only=name)._choice)

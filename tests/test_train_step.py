@@ -18,7 +18,7 @@ from lightning_int8.rewrite import conversion_of
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 TINY = ["--model", "small/resnet8", "--size", "12", "--batch-size", "2", "--threads", "1", "--rounds", "2"]
-INT8 = ["int8 default", "int8 unified", "int8 default unfused", "int8 default auto"]
+INT8 = ["int8 default", "int8 unified", "int8 default unfused", "int8 default auto", "int8 default bfloat16"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:layers='auto'")
 
@@ -48,7 +48,8 @@ def test_two_steps_of_each_column(script, tmp_path, capsys):
     words = ["--recipes", "default", "unified", "--no-memory", "--output", str(output)]
     assert script("train_step").main([*TINY, *words]) == 0
     (run,) = json.loads(output.read_text())["runs"]
-    columns = ["float32", "bfloat16", "int8 default", "int8 unified", "int8 default unfused", "int8 default auto"]
+    columns = ["float32", "bfloat16", "int8 default", "int8 unified"]
+    columns += [f"int8 default {how}" for how in ("bfloat16", "unfused", "auto")]
     assert [c for c in run["milliseconds"] if c != torchao] == columns
     for column in columns:
         times = run["milliseconds"][column]

@@ -5,7 +5,7 @@ computed. The operations in this folder add to that memory instead of walking th
 tensor gets its values. Importing the folder registers them.
 """
 
-from lightning_int8.fusion import addition, batch_norm, max_pool, relu
+from lightning_int8.fusion import addition, average_pool, batch_norm, concatenation, max_pool, relu
 from lightning_int8.fusion.deferred import Deferred
 
-__all__ = ["Deferred", "addition", "batch_norm", "max_pool", "relu"]
+__all__ = ["Deferred", "addition", "average_pool", "batch_norm", "concatenation", "max_pool", "relu"]

@@ -160,10 +160,14 @@ def plain_term(gradient: Tensor) -> Term:
 
 def is_fusable(tensor: Any, other: Any) -> bool:
     """Whether two arguments can be parts of one expression, as far as the first one tells."""
+    return is_alike(tensor, other) and tensor.shape == other.shape
+
+
+def is_alike(tensor: Any, other: Any) -> bool:
+    """Whether the first argument is a tensor that fused operations can read, of the dtype of the other one."""
     return (
         type(tensor) in (Tensor, nn.Parameter, Deferred)
         and isinstance(other, Tensor)
-        and tensor.shape == other.shape
         and tensor.dtype == other.dtype
         and tensor.dtype in FLOAT_DTYPES
         and tensor.device.type == "cpu"

@@ -25,10 +25,10 @@ def max_pool2d(
     return_indices: bool = False,
 ) -> Any:
     """``torch.nn.functional.max_pool2d``."""
-    if not isinstance(input, Deferred) or input.dim() != 4 or ceil_mode or return_indices or _pair(dilation) != (1, 1):
+    if not isinstance(input, Deferred) or input.dim() != 4 or ceil_mode or return_indices or pair(dilation) != (1, 1):
         return NotImplemented
-    kernel, pad = _pair(kernel_size), _pair(padding)
-    step = _pair(stride) if stride else kernel
+    kernel, pad = pair(kernel_size), pair(padding)
+    step = pair(stride) if stride else kernel
     samples, channels, height, width = input.shape
     size = tuple((n + 2 * p - k) // s + 1 for n, k, s, p in zip((height, width), kernel, step, pad, strict=True))
     if min(size) < 1 or any(2 * p > k for p, k in zip(pad, kernel, strict=True)):
@@ -58,5 +58,6 @@ class _MaxPool(torch.autograd.Function):
         return Deferred(Expression((Term(values, unpooled=Unpooled(taps, ctx.windows)),)), ctx.channels_last), None
 
 
-def _pair(sizes: Sizes) -> tuple[int, int]:
+def pair(sizes: Sizes) -> tuple[int, int]:
+    """Sizes down and across."""
     return (sizes, sizes) if isinstance(sizes, int) else (sizes[0], sizes[-1])

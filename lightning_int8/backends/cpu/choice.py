@@ -92,11 +92,9 @@ class Choice:
         probe = None
         if scales is not None:
             # Scales of many digits, so that another order of rounding shows; the real ones may even be NaN.
-            first = (0.37, 0.1)  # two numbers, or an exchange of both would not show
-            both = zip(first, (scales.left, scales.right), strict=True)
-            probe = Scales(
-                *(torch.linspace(f, 0.9, s.numel()).reshape(s.shape) for f, s in both), Form(scales.form.dtype)
-            )
+            # They begin differently, or an exchange of two would not show.
+            bias = None if scales.form.bias is None else _probe(scales.form.bias, -0.2)
+            probe = Scales(_probe(scales.left, 0.37), _probe(scales.right, 0.1), Form(scales.form.dtype, bias))
         expected = _run(self._trusted, contraction, a, b, geometry, probe)
         exact = []
         for route in candidates:
@@ -121,6 +119,10 @@ def fastest(
             _run(route, contraction, a, b, geometry, scales)
             best[route] = min(best[route], time.perf_counter() - start)
     return min(routes, key=best.__getitem__)
+
+
+def _probe(vector: Tensor, first: float) -> Tensor:
+    return torch.linspace(first, 0.9, vector.numel()).reshape(vector.shape)
 
 
 def _run(route: Route, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> Tensor:

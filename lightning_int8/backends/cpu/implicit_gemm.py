@@ -1,8 +1,7 @@
 """Convolutions as matrix products whose windows are read where they lie.
 
-Output and grad_input: rows are positions, read from the data through tables; columns are output channels, whose weights
-lie in panels as ``microkernel`` reads them. grad_weight: rows are output channels, columns are taps and input channels;
-sums run over positions of four samples at a time, so that neither a tap nor a stride changes what is summed together.
+Rows are positions, read from the data through tables; columns are output channels, whose weights lie in panels as
+``microkernel`` reads them.
 
 The instruction multiplies unsigned by signed bytes: 128 is added to the left operand, and 128 times the sum of the
 right one taken off again.
@@ -17,21 +16,11 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
-from lightning_int8.backends.cpu.compiler import at, compiled
+from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.floats import get
-from lightning_int8.backends.cpu.llvm import constant, load_lanes, place_in, splat_of, store_lanes
-from lightning_int8.backends.cpu.microkernel import (
-    FLOATS,
-    INTS,
-    LANES,
-    QUAD,
-    ROWS,
-    WIDTH,
-    add_tile,
-    write_scaled,
-    write_tile,
-)
-from lightning_int8.backends.cpu.panels import FLIP, NO_FLIP, interleave
+from lightning_int8.backends.cpu.llvm import constant, load_lanes, place_in, store_lanes
+from lightning_int8.backends.cpu.microkernel import QUAD, ROWS, WIDTH
+from lightning_int8.backends.cpu.tile_end import write_tile
 
 UNSIGNED = np.uint8(128)
 """Added to signed bytes it makes unsigned ones; as bits it is the sign, so exclusive or does."""
@@ -192,120 +181,3 @@ def _take(data, rows, count, length, out):
             _copy_flipped(data, rows[i] + j, length - j, out, i * length + j)
     for i in range(rows.size):
         rows[i] = min(i, count - 1) * length
-
-
-@compiled
-def grad_weight(left, right, pieces, quads, block, panels, part, scales, taken_off, sums, out):
-    """Sums over positions for some channels of g and some panels of columns.
-
-    Args:
-        left: (uint8, flat: quads of g + 128 ``(..., channel and ones, QUAD)``; where the part begins; distance of
-            positions). Behind the channels of a part lies at least one row of ones.
-        right: (uint8, flat: quads of the signed bytes of x; distance of positions).
-        pieces: int64, pairs: where the positions of each piece begin, from the part and from a panel.
-        quads: Positions of a piece.
-        block: Pieces that are multiplied before the next ones: they stay in cache.
-        panels: int64 ``(panels, 3)``: where each begins in x, its columns, and where they belong in a row of ``out``.
-        part: (channels, first channel, rows of tiles).
-        scales: (left, right): float32, left is a number or one for each channel.
-        taken_off: int32: what else to take off the sums of a channel.
-        sums: int32, at least ``(panels · rows · WIDTH)``, to work in.
-        out: flat, ``(channels, columns)``, int32 for the sums as they are, floats for scaled ones.
-    """
-    g, begin, left_step = left
-    x, right_step = right
-    height = part[2]
-    count = pieces.size // 2
-    sums[: panels.shape[0] * height * WIDTH] = 0
-    for k in range(0, count, block):
-        stop = min(k + block, count)
-        for j in range(panels.shape[0]):
-            vectors = (panels[j, 1] + LANES - 1) // LANES
-            for r in range(0, height, ROWS):
-                row, s = begin + r * QUAD, (j * height + r) * WIDTH
-                add_tile(vectors, g, row, left_step, pieces, k, stop, quads, x, panels[j, 0], right_step, sums, s)
-    _write_all(sums, panels, part, scales, taken_off, out)
-
-
-@compiled
-def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sums, out):
-    """``grad_weight`` of a matrix product: four rows at a time are summed together, some rows are packed at a time.
-
-    Args:
-        g: uint8, flat: the signed bytes of ``(rows, Co)``.
-        x: uint8, flat: the signed bytes of ``(rows, C)``.
-        rows: See above.
-        widths: (Co, C).
-        block: Quads of rows that are packed before they are multiplied: they stay in cache.
-        panels: See ``grad_weight``.
-        part: Likewise.
-        scales: Likewise.
-        taken_off: Likewise.
-        sums: Likewise.
-        out: Likewise.
-    """
-    out_channels, in_channels = widths
-    channels, channel, height = part
-    left, right = np.empty(block * height, np.uint32), np.empty(block * in_channels + WIDTH, np.uint32)
-    left_bytes, right_bytes = left.view(np.uint8), right.view(np.uint8)
-    begins, pieces = np.zeros(1, np.int64), np.zeros(2, np.int64)
-    sums[: panels.shape[0] * height * WIDTH] = 0
-    for first in range(0, rows, block * QUAD):
-        count = (min(block * QUAD, rows - first) + QUAD - 1) // QUAD
-        own, others = g[first * out_channels + channel :], x[first * in_channels :]
-        there = begins, height, height - channels, 0, count
-        interleave(own, begins, out_channels, rows - first, FLIP, channels, left, *there)
-        there = begins, in_channels, 0, 0, count
-        interleave(others, begins, in_channels, rows - first, NO_FLIP, in_channels, right, *there)
-        for j in range(panels.shape[0]):
-            vectors = (panels[j, 1] + LANES - 1) // LANES
-            for r in range(0, height, ROWS):
-                lhs = (left_bytes, r * QUAD, height * QUAD, pieces, 0, 1, count)
-                rhs = (right_bytes, panels[j, 0], in_channels * QUAD)
-                add_tile(vectors, *lhs, *rhs, sums, (j * height + r) * WIDTH)
-    _write_all(sums, panels, part, scales, taken_off, out)
-
-
-@compiled
-def _write_all(sums, panels, part, scales, taken_off, out):
-    """The end of ``grad_weight``: what is in ``sums`` of one part to ``out``."""
-    channels, channel, height = part
-    columns = out.size // taken_off.size
-    for j in range(panels.shape[0]):
-        begin, width = j * height * WIDTH, panels[j, 1]
-        for r in range(channels):
-            o, factor = (channel + r) * columns + panels[j, 2], at(scales[0], channel + r)
-            for c in range(0, width, LANES):
-                s, ones = begin + r * WIDTH + c, begin + channels * WIDTH + c
-                _write_sums(sums, s, ones, taken_off[channel + r], factor, scales[1], width - c, out, o + c)
-
-
-@intrinsic
-def _write_sums(
-    typing_context: Any, sums: Any, s: Any, ones: Any, off: Any, left: Any, right: Any, room: Any, out: Any, o: Any
-) -> Any:
-    """A vector of ``sums`` without what the added ``UNSIGNED`` has brought, and without ``off``; see ``write_tile``."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums, s, ones, off, left, right, room, out, o = arguments
-
-        def load(index: Any) -> Any:
-            return builder.load(place_in(context, builder, signature.args[0], sums, index, INTS), align=4)
-
-        brought = builder.mul(load(ones), constant(INTS, int(UNSIGNED)))
-        total = builder.sub(builder.sub(load(s), brought), splat_of(builder, off, INTS))
-        write_scaled(
-            context,
-            builder,
-            signature.args[7],
-            total,
-            [splat_of(builder, f, FLOATS) for f in (left, right)],
-            None,
-            out,
-            o,
-            room,
-        )
-        return context.get_dummy_value()
-
-    n = types.int64
-    return types.void(sums, n, n, types.int32, types.float32, types.float32, n, out, n), generate

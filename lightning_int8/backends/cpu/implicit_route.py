@@ -34,7 +34,13 @@ from lightning_int8.numerics import INT8_MAX, LOWER_PLANE_MAX, Plane
 _ONE = torch.ones(())
 
 IMPLICIT = compiled_pass("implicit_conv")
-"""The compiled products, or None where numba cannot be imported."""
+"""The compiled output and grad_input, or None where numba cannot be imported."""
+
+MICROKERNEL = compiled_pass("microkernel")
+"""The tile that both are made of, or None likewise."""
+
+GRADIENT = compiled_pass("implicit_gradient")
+"""The compiled grad_weight, or None likewise."""
 
 
 class Implicit(Route):
@@ -188,13 +194,13 @@ def _grad_weight(
     g: Tensor, x: Tensor, geometry: ConvGeometry, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype
 ) -> Tensor:
     correlation = output_correlation(geometry)
-    assert IMPLICIT is not None
+    assert GRADIENT is not None
     samples = _most_samples(zero, correlation.positions)
     if len(g) <= samples:
-        result = IMPLICIT.grad_weight(g, x, zero, correlation, scales, dtype)
+        result = GRADIENT.grad_weight(g, x, zero, correlation, scales, dtype)
     else:
         parts = zip(g.split(samples), x.split(samples), strict=True)
-        sums = [IMPLICIT.grad_weight(*part, zero, correlation, None, torch.int32).long() for part in parts]
+        sums = [GRADIENT.grad_weight(*part, zero, correlation, None, torch.int32).long() for part in parts]
         result = torch.stack(sums).sum(0)
         if scales is not None:
             result = result.to(torch.float32).mul_(scales.left.reshape(-1, 1)).mul_(scales.right).to(dtype)
@@ -231,7 +237,7 @@ def is_exact() -> bool:
 
     All three contractions go through this one instruction; ``Choice`` checks each problem that it times.
     """
-    if IMPLICIT is None or not IMPLICIT.is_available():
+    if MICROKERNEL is None or not MICROKERNEL.is_available():
         return False
     return all(_agrees(*case) for case in product((1, 70), (1, 17, 66), (None, -INT8_MAX, INT8_MAX), (1, -1)))
 

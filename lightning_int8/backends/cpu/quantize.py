@@ -45,25 +45,28 @@ _INFINITY = 0x7F800000  # bits of the smallest magnitude that is not finite
 def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
     """Quantize ``x``, see ``Backend.quantize``."""
     low, high, inverse, zero, scale = _map(as_array(clip_value), np.float32(largest_integer(spec.bits)), spec.affine)
-    own: Any = (low, high, inverse, zero) if axis is not None else (low[0], high[0], inverse[0], zero[0])
+    own: Any = (low, high, inverse, zero)
+    map_axis = axis if clip_value.dim() > spec.affine else None
+    if map_axis is None:
+        own = (low[0], high[0], inverse[0], zero[0])
     planes = empty(plane_count(spec.bits), *x.shape, dtype=torch.int8)
     keys = np.array(mix_key(*key.tolist()), dtype=np.uint32)
-    if isinstance(x, Expression) and (x.is_plain or axis == 0):
+    if isinstance(x, Expression) and (x.is_plain or map_axis == 0):
         x = x.values()
     if isinstance(x, Expression):
         top = _quantize_expression(x, own, spec, keys, planes)
     else:
         source = x.detach().contiguous()
         source = source.float() if source.dtype == torch.float16 else source
-        if len(planes) == 1 and axis != 0 and source.dim() > 1:
+        if len(planes) == 1 and map_axis != 0 and source.dim() > 1:
             top = _quantize_expression(Expression((Term(source),)), own, spec, keys, planes)
         else:
-            top = _quantize(source, own, spec, axis, keys, planes)
+            top = _quantize(source, own, spec, map_axis, keys, planes)
 
     # As in `numerics.from_integers`; the integers themselves have become planes already.
     if top >= _INFINITY:
         scale.fill(np.nan)
-    units = torch.from_numpy(scale) if axis is not None else torch.from_numpy(scale)[0]
+    units = torch.from_numpy(scale) if map_axis is not None else torch.from_numpy(scale)[0]
     if spec.bits == FLAG_BITS:
         return Quantized((Plane(planes[0], units), Plane(planes[1], units / FLAG_STEPS)), axis)
     count = len(planes)
