@@ -169,8 +169,9 @@ class _Contraction(torch.autograd.Function):
             qx = planes.of(operands["output.lhs"], source, keys)
             qw = planes.of(operands["output.rhs"], w, keys)
             moments = None
-            if defers and training and bias is None:
-                # A convolution without a bias is mostly one before a batch norm.
+            if defers and training and bias is None and geometry is not None and geometry.groups == 1:
+                # A convolution without a bias is mostly one before a batch norm. Grouped ones have faster routes than
+                # the one that sums moments.
                 moments = torch.full((2, len(weight)), torch.nan, dtype=torch.float64)
             form = Form(dtype, None if bias is None else bias.float(), moments)
             y = backend.output(qx, qw, geometry, state.counts, form)

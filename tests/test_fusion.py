@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lightning_int8 import convert, gemm_counts
 from lightning_int8.backends import load
+from lightning_int8.backends.cpu import implicit_route
 from lightning_int8.backends.cpu.expression import Expression, Mask, Term, passes
 from lightning_int8.fusion import Deferred
 from lightning_int8.spec import OperandSpec
@@ -196,6 +197,7 @@ def test_other_concatenations_are_left_to_torch():
     assert torch.cat([y, torch.ones(2, 3, 5, 5, dtype=torch.float64)], 1).dtype == torch.float64
     out = torch.empty(2, 32, 5, 5)
     assert torch.cat([y, y], 1, out=out) is out
+    assert torch.cat([torch.ones(2, 3, 4, 4)] * 2, 1, out=Defer.apply(torch.randn(2, 6, 4, 4), True)).sum() == 192
     with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         torch.cat([y, torch.ones(2, 3, 5, 6)], 1)
 
@@ -243,6 +245,26 @@ def test_planes_of_an_expression_are_those_of_its_values(
     )
     assert expression.is_plain == kept
     assert torch.equal(expression.values(), twin.values().to(dtype))
+
+
+@pytest.mark.skipif(not implicit_route.is_exact(), reason="needs AVX512-VNNI")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("groups", "bias", "walks"), [(1, False, 0), (1, True, 1), (32, False, 1)])
+def test_the_product_sums_what_a_batch_norm_needs(groups, bias, walks, dtype, monkeypatch):
+    found, calls = [], []
+    moments = passes().moments
+    monkeypatch.setattr(passes(), "moments", lambda values: calls.append(1) or moments(values))
+    for fuse in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(32, 32, 3, groups=groups, bias=bias), nn.BatchNorm2d(32), nn.ReLU())
+        convert(net, fuse=fuse)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = net(torch.randn(4, 32, 30, 31) + 1)
+        y.float().square().mean().backward()
+        found.append([y.detach().float(), net[1].running_mean, net[1].running_var, net[1].weight.grad])
+    assert len(calls) == walks
+    rounding = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found[1], found[0], rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])

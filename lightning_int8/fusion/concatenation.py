@@ -16,8 +16,8 @@ from lightning_int8.fusion.deferred import Deferred, canonical, fuses, is_alike,
 @fuses(torch.cat, torch.concat, torch.concatenate)
 def cat(tensors: Sequence[Tensor], dim: int = 0, **unusual: Any) -> Any:
     """``torch.cat``."""
-    first = next(t for t in tensors if isinstance(t, Deferred))
-    if unusual or dim not in (1, 1 - first.dim()):
+    first = next((t for t in tensors if isinstance(t, Deferred)), None)
+    if first is None or unusual or dim not in (1, 1 - first.dim()):
         return NotImplemented
     if not all(is_alike(t, first) and _without_channels(t) == _without_channels(first) for t in tensors):
         return NotImplemented
