@@ -1,4 +1,4 @@
-"""Batch norm as one term of an expression: one walk for the statistics, none for the result."""
+"""Batch norm as one term of an expression: at most one walk for the statistics, none for the result."""
 
 from __future__ import annotations
 

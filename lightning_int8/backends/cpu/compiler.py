@@ -7,15 +7,20 @@ from typing import Any
 import numba as nb
 from llvmlite.binding import get_host_cpu_features
 from numba import types
+from numba.core import config
 from numba.extending import intrinsic, overload
 
 compiled = nb.njit(nogil=True, error_model="numpy", cache=True)
 """No fastmath: products and sums must not be fused."""
 
-_FEATURES = get_host_cpu_features()
-_WIDE = _FEATURES.get("avx512_vnni", _FEATURES.get("avx512vnni", False))
+_IS_NAMED = bool(getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None))
 
-HAS_AVX512 = _FEATURES.get("avx512bw", False) and _FEATURES.get("avx512dq", False)
+FEATURES: dict[str, bool] = {} if _IS_NAMED else dict(get_host_cpu_features())
+"""Instructions of this CPU by LLVM's names; none where the user has named a CPU that numba is to compile for."""
+
+_WIDE = FEATURES.get("avx512vnni", False)
+
+HAS_AVX512 = FEATURES.get("avx512bw", False) and FEATURES.get("avx512dq", False)
 """Whether there are 32 registers of 512 bits, and masks for all their lanes."""
 
 

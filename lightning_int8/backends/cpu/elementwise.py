@@ -8,7 +8,7 @@ from numba.extending import overload
 
 from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.unpool import unpool
-from lightning_int8.backends.cpu.vector_rounding import nearest, steps, store_bytes, up_or_down
+from lightning_int8.backends.cpu.vector_rounding import nearest, shifted, steps, store_bytes, up_or_down
 from lightning_int8.backends.cpu.vectors import (
     LANES,
     keep,
@@ -116,7 +116,7 @@ def walk(source, first, last, block, buffers, rounding, sums):
         last: Behind the last element.
         block: Length of a block.
         buffers: See ``block_values``.
-        rounding: (low, high, inverse, zero, largest, stochastic, keys, plane): see ``rounding.round_block``; the first
+        rounding: (low, high, inverse, zero, stochastic, keys, plane): see ``rounding.round_block``; the first
             four are numbers, or arrays with one for each channel, and zero may be None; the plane is int8, flat, of all
             elements. None not to round.
         sums: (first sums, second sums, other values, centre): what to add the elements to, and what their products with
@@ -151,16 +151,16 @@ def _places_of(rounding, block):
     return places
 
 
-def shifted(v, values, i):
-    """``v`` plus lanes of the values, see ``lanes_of``; ``v`` itself where they are None."""
+def _with_zero(q, zero, i):
+    """Integers plus lanes of the zero points, see ``lanes_of``; unchanged where they are None."""
     raise NotImplementedError("only compiled passes call this")
 
 
-@overload(shifted, inline="always")
-def _shifted(v, values, i):
-    if isinstance(values, types.NoneType):
-        return lambda v, values, i: v
-    return lambda v, values, i: plus(v, lanes_of(values, i))
+@overload(_with_zero, inline="always")
+def _with_zero_points(q, zero, i):
+    if isinstance(zero, types.NoneType):
+        return lambda q, zero, i: q
+    return lambda q, zero, i: shifted(q, lanes_of(zero, i))
 
 
 @compiled
@@ -169,7 +169,7 @@ def _walk(source, first, last, block, buffers, rounding, places, sums, only_rest
     values, taps, windows, words, others, _, _, _, is_rectified, upper, kept_words, kept = source
     out, unpooled, factor, other_factor, offset = buffers
     if rounding is not None:
-        _, _, _, _, largest, stochastic, keys, plane = rounding
+        _, _, _, _, stochastic, keys, plane = rounding
         low, high, inverse, zero = places
     if sums is not None:
         first_sums, second_sums, partner, centre = sums
@@ -207,7 +207,7 @@ def _walk(source, first, last, block, buffers, rounding, places, sums, only_rest
                 top = largest_bits(top, v)
                 y = steps(v, lanes_of(low, j), lanes_of(high, j), lanes_of(inverse, j))
                 q = up_or_down(y, np.uint32(i >> 1), keys[0], keys[1]) if stochastic else nearest(y)
-                store_bytes(plane, i, room, shifted(q, zero, j), splat(largest))
+                store_bytes(plane, i, room, _with_zero(q, zero, j))
             elif sums is not None:
                 store(first_sums, j, room, plus(load(first_sums, j, LANES), v))
                 if partner.size > 0:

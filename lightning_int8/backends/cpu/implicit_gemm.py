@@ -77,8 +77,11 @@ def correlate(
     taken = np.empty(at_once * step if is_signed else 0, np.uint8)
     source = taken if is_signed else data
     panel = pieces.size // 2 * step
-    pivots, partial = _new(wants_moments, starts.size), _new(wants_moments, 2 * starts.size)
-    moments = _new_moments(wants_moments, starts.size)
+    pivots = _new(wants_moments, starts.size, np.float32)
+    partial, moments = (
+        _new(wants_moments, 2 * starts.size, np.float32),
+        _new(wants_moments, 3 * starts.size, np.float64),
+    )
     n, t = first // origins.size, first % origins.size
     for m in range(first, last, at_once):
         count = min(at_once, last - m)
@@ -113,28 +116,16 @@ def correlate(
     return moments
 
 
-def _new(wanted, size):
-    """Zeros, float32, if wanted; else None."""
+def _new(wanted, size, dtype):
+    """Zeros, if wanted; else None."""
     raise NotImplementedError("only compiled passes call this")
 
 
 @overload(_new)
-def _new_of(wanted, size):
+def _new_of(wanted, size, dtype):
     if isinstance(wanted, types.NoneType):
-        return lambda wanted, size: None
-    return lambda wanted, size: np.zeros(size, np.float32)
-
-
-def _new_moments(wanted, size):
-    """Zeros, float64 ``(3, size)``, flat, if wanted; else None."""
-    raise NotImplementedError("only compiled passes call this")
-
-
-@overload(_new_moments)
-def _new_moments_of(wanted, size):
-    if isinstance(wanted, types.NoneType):
-        return lambda wanted, size: None
-    return lambda wanted, size: np.zeros(3 * size)
+        return lambda wanted, size, dtype: None
+    return lambda wanted, size, dtype: np.zeros(size, dtype)
 
 
 @compiled

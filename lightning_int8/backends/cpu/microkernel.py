@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from llvmlite.binding import get_host_cpu_features
 from numba import types
-from numba.core import config
 from numba.extending import intrinsic
 
+from lightning_int8.backends.cpu.compiler import FEATURES
 from lightning_int8.backends.cpu.llvm import operation, place_in, splat_of
 
 LANES = 16
@@ -38,11 +37,8 @@ OFFSETS = types.Array(types.int64, 1, "C")
 
 
 def is_available() -> bool:
-    """Whether the CPU has the instruction, and numba compiles for this CPU and not for one that the user names."""
-    if getattr(config, "CPU_NAME", None) or getattr(config, "CPU_FEATURES", None):
-        return False
-    features = get_host_cpu_features()
-    return features.get("avx512vnni", False) and features.get("avx512bw", False)
+    """Whether the CPU has the instruction, and numba compiles for this CPU."""
+    return FEATURES.get("avx512vnni", False) and FEATURES.get("avx512bw", False)
 
 
 def number(value: int) -> Any:

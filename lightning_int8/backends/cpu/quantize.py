@@ -146,7 +146,7 @@ def _quantize_expression(expression: Expression, own: Any, spec: OperandSpec, ke
     def work(first: int, last: int) -> int:
         if len(out) > 1:
             return _segment(source, first, last, *own, largest, stochastic, spec.bits == FLAG_BITS, keys, block, out)
-        rounding = (*own[:3], own[3] if spec.affine else None, largest, stochastic, keys, out[0])
+        rounding = (*own[:3], own[3] if spec.affine else None, stochastic, keys, out[0])
         return walk(source, first, last, block, new_buffers(source, block), rounding, None)
 
     top = max(split_blocks(work, count, block))
