@@ -27,6 +27,9 @@ WIDE_BITS = 24
 WIDE_COSINE_FLOOR = 0.999999
 """The same with operands of three planes: what 8 bits lack is noise and goes with it."""
 
+BFLOAT16_FLOOR = 0.95
+"""Likewise with bfloat16 between the contractions."""
+
 EVAL_FLOOR, TRAINING_FLOOR = 0.9999, 0.995
 """Likewise for whole networks with fixed and with own statistics, which in the last layers are of few values: there
 float32 itself comes to 0.9999 of float64, with one order of summation or another."""
@@ -236,7 +239,7 @@ def test_a_vision_model_trains_a_step(library, name):
 
 @pytest.mark.models
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resnet18", "vgg11", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "mobilenet_v2", "densenet121"])
 @pytest.mark.parametrize("train", [True, False])
 def test_fusion_changes_no_gradient(name, train):
     """With operands of three planes all that fusion changes is the order of sums in batch norm."""
@@ -262,3 +265,25 @@ def test_fusion_changes_no_gradient(name, train):
     floor = TRAINING_FLOOR if train else EVAL_FLOOR
     assert fused > floor, f"{parameter}: {fused:.6f}"
     assert unfused > floor
+
+
+@pytest.mark.models
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "densenet121"])
+def test_fusion_loses_no_more_of_a_gradient_in_bfloat16(name):
+    """Operands have three planes: all that is lost is lost between the contractions."""
+    model = vision_model("torchvision", name)
+    images, labels = torch.randn(8, 3, 65, 47), LABELS.repeat(2)
+
+    def loss(m, dtype=torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return nn.functional.cross_entropy(m(images), labels)
+
+    _, truth = gradients(model, lambda m: loss(m, torch.float32))
+    found = {}
+    for fuse in (True, False):
+        net = copy.deepcopy(model)
+        convert(net, recipe_of(WIDE_BITS), fuse=fuse)
+        found[fuse], parameter, _ = least_cosine(truth, gradients(net, loss)[1])
+        assert found[fuse] > BFLOAT16_FLOOR, f"fuse={fuse}, {parameter}: {found[fuse]:.4f}"
+    assert found[True] > found[False] - (1 - BFLOAT16_FLOOR) / 4

@@ -70,6 +70,25 @@ def test_two_steps_of_each_column(script, tmp_path, capsys):
         assert f"without {torchao}: No module named" in printed
 
 
+@pytest.mark.skipif(not OneDNN.fuses, reason="expressions need numba")
+def test_passes_that_quantize_are_checked_and_timed(script, tmp_path, monkeypatch):
+    quantization, threads = script("quantization"), torch.get_num_threads()
+    words = ["--batch-size", "2", "--size", "5", "--rounds", "1", "--output", str(tmp_path / "step.json")]
+    try:
+        assert quantization.main(words) == 0
+        milliseconds = json.loads((tmp_path / "step.json").read_text())["summary"]
+        assert len(milliseconds) >= 8
+        assert all(value >= 0 for value in milliseconds.values())
+        right = OneDNN.quantize
+        monkeypatch.setattr(
+            OneDNN, "quantize", lambda self, *arguments: right(self, *arguments[:-1], torch.zeros(3).long())
+        )
+        with pytest.raises(RuntimeError, match="not those of the definition"):
+            quantization.main(words)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("wrong", ["counts", "loss"])
 def test_a_wrong_step_is_not_timed(wrong, script, tmp_path, monkeypatch):
     train_step = script("train_step")
