@@ -202,6 +202,18 @@ def test_other_concatenations_are_left_to_torch():
         torch.cat([y, torch.ones(2, 3, 5, 6)], 1)
 
 
+def test_windows_of_nothing_but_infinity_have_a_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(4, 24, 3, 4)
+    x[torch.rand(x.shape) < 0.6] = -torch.inf
+    found = []
+    for defer in (lambda x: x + 0, lambda x: Defer.apply(x, True)):
+        own = x.clone(memory_format=torch.channels_last).requires_grad_()
+        y = functional.max_pool2d(nn.BatchNorm2d(24).eval()(defer(own)), (1, 2), 2, (0, 1))
+        found.append(torch.autograd.grad(y, own, torch.ones_like(y))[0])
+    torch.testing.assert_close(*found)
+
+
 def test_the_maximum_takes_what_is_no_number_as_torch_does():
     values = torch.randn(1, 4, 4, 16)
     values[0, 1, 1, 3], values[0, 0, 0, 5] = torch.nan, -torch.inf
@@ -265,6 +277,16 @@ def test_the_product_sums_what_a_batch_norm_needs(groups, bias, walks, dtype, mo
     assert len(calls) == walks
     rounding = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found[1], found[0], rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("value", [1.0, 255.0])
+def test_channels_of_one_value_become_zero(value):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(16, 64, 1, bias=False), nn.BatchNorm2d(64))
+    convert(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(torch.full((8, 16, 32, 32), value))
+    assert y.float().abs().max() < 0.05
 
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])

@@ -378,6 +378,14 @@ def test_the_fused_pass_gives_the_bits_of_the_definition(case):
     assert_bit_equal(fused(x, clip_value, **options), eager(x, clip_value, **options))
 
 
+@pytest.mark.parametrize("axis", [0, -1])
+def test_clip_values_may_have_any_strides_and_dtype(axis):
+    x, pairs = torch.randn(8, 8), torch.rand(8, 2)
+    for clip_value in (pairs.t(), pairs.bfloat16().t(), torch.rand(2, 1).expand(2, 8)):
+        options = {"affine": True, "axis": axis}
+        assert_bit_equal(fused(x, clip_value, **options), eager(x, clip_value.float(), **options))
+
+
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("axis", [None, 0, -1])
 def test_the_fused_pass_agrees_on_a_large_tensor(axis, stochastic):

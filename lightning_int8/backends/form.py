@@ -15,8 +15,8 @@ class Form:
     Attributes:
         dtype: Of the result, to which it is rounded at the end.
         bias: float32 ``(Co,)`` to be added to an output; None for 0.
-        moments: float64 ``(2, Co)`` of NaN, to be filled with mean and biased variance of each channel of an output, as
-            it is before it is rounded, by a backend that can; else None.
+        moments: float64 ``(2, Co)`` of NaN, to be filled with mean and biased variance of each channel of an output, by
+            a backend that can; else None.
     """
 
     dtype: torch.dtype = torch.float32

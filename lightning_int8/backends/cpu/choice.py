@@ -140,6 +140,8 @@ def _layer(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales:
     form = "sums" if scales is None else str(scales.form.dtype).removeprefix("torch.")
     if scales is not None and scales.form.moments is not None:
         form += " with moments"
+    if scales is not None and scales.form.bias is not None:
+        form += " with a bias"
     return f"{contraction} {form} {affine}, {out}:{per_group}, windows {windows}, {torch.get_num_threads()} threads"
 
 

@@ -63,7 +63,7 @@ def _max_pool(source, first, last, windows, out, taps):
             while oh < out_height and min(oh * stride_h - pad_h + kernel_h, height) == h + 1:
                 top = oh * stride_h - pad_h
                 largest[:] = -np.inf
-                which[:] = 0
+                which[:] = -1
                 for k in range(max(top, 0), h + 1):
                     own = k % kernel_h
                     _take_larger(ring[own], columns[own], np.int32((k - top) * kernel_w), largest, which)
@@ -82,7 +82,7 @@ def _pool_row(row, windows, sorted_row, largest, columns):
         at = w // stride * channels
         _copy(row[w * channels : (w + 1) * channels], sorted_row[w % stride, at : at + channels])
     largest[:] = -np.inf
-    columns[:] = 0
+    columns[:] = -1
     for k in range(kernel_w):
         of_stride, shift = (k - pad) % stride, (k - pad) // stride
         first, stop = max(0, -shift), min(out_width, (width - 1 - of_stride) // stride + 1 - shift)
@@ -103,8 +103,8 @@ def _copy(x, out):
 def _take_right(x, column, largest, columns):
     wide_vectors()
     for i in range(x.size):
-        # The first of equals, and what is no number, as torch does.
-        larger = x[i] > largest[i] or x[i] != x[i]
+        # The first of equals, be they -inf, and what is no number, as torch does.
+        larger = x[i] > largest[i] or x[i] != x[i] or columns[i] < 0
         largest[i] = x[i] if larger else largest[i]
         columns[i] = column if larger else columns[i]
 
@@ -113,7 +113,7 @@ def _take_right(x, column, largest, columns):
 def _take_larger(x, columns, tap, largest, which):
     wide_vectors()
     for i in range(x.size):
-        larger = x[i] > largest[i] or x[i] != x[i]
+        larger = x[i] > largest[i] or x[i] != x[i] or which[i] < 0
         largest[i] = x[i] if larger else largest[i]
         which[i] = tap + columns[i] if larger else which[i]
 

@@ -44,7 +44,8 @@ _INFINITY = 0x7F800000  # bits of the smallest magnitude that is not finite
 
 def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
     """Quantize ``x``, see ``Backend.quantize``."""
-    low, high, inverse, zero, scale = _map(as_array(clip_value), np.float32(largest_integer(spec.bits)), spec.affine)
+    clip_values, largest = as_array(clip_value.to(torch.float32).contiguous()), np.float32(largest_integer(spec.bits))
+    low, high, inverse, zero, scale = _map(clip_values, largest, spec.affine)
     own: Any = (low, high, inverse, zero)
     map_axis = axis if clip_value.dim() > spec.affine else None
     if map_axis is None:

@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lightning_int8.backends.cpu.llvm import place_in, splat_of, store_floats, store_lanes
+from lightning_int8.backends.cpu.llvm import narrowed, place_in, splat_of, store_floats, store_lanes, widened
 from lightning_int8.backends.cpu.microkernel import (
     BYTES,
     FLOATS,
@@ -41,7 +41,7 @@ def write_scaled(
     """Emit the end of a contraction: a vector of sums to ``out[o:]``, no more than there is room for.
 
     An array of floats takes fl(fl(fl(sums) · left) · right), plus the offset unless it is None; one of int32 the sums.
-    What was written comes back, but as float32 in place of narrower floats.
+    What was written comes back; floats, rounded or not, as float32.
     """
     if kind.dtype == types.int32:
         store_lanes(builder, sums, place_in(context, builder, kind, out, o, INTS), room, f"v{LANES}i32")
@@ -51,7 +51,7 @@ def write_scaled(
         scaled = builder.fmul(scaled, factor)
     scaled = scaled if offset is None else builder.fadd(scaled, offset)
     store_floats(context, builder, kind, scaled, out, o, room)
-    return scaled
+    return widened(builder, narrowed(builder, scaled)) if kind.dtype == types.uint16 else scaled
 
 
 @intrinsic
