@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import gcd, prod
 
@@ -27,7 +28,7 @@ class ConvGeometry:
     dilation: tuple[int, ...]
     groups: int
 
-    @property
+    @cached_property
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output; an entry below 1 where the window does not fit."""
         return tuple(

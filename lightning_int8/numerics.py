@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -40,11 +41,13 @@ MIN_CLIP_VALUE = 2.0**-96
 """Smallest clip value: the scale and its reciprocal stay normal floats at every width in ``BITS``."""
 
 
+@cache
 def plane_count(bits: int) -> int:
     """Number of int8 planes of an operand of ``bits`` bits."""
     return 2 if bits == FLAG_BITS else bits // 8
 
 
+@cache
 def largest_integer(bits: int) -> int:
     """Largest integer whose top plane stays within ``INT8_MAX``: 127, 32,639 or 8,355,711.
 

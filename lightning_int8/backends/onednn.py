@@ -140,5 +140,5 @@ def _scales(contraction: str, left: Plane, b: Quantized, j: int, geometry: ConvG
     right = b.planes[j].scale
     if contraction == "grad_weight" and b.axis is not None:
         return None
-    by_group = contraction == "grad_input" and b.axis is not None
+    by_group = contraction == "grad_input" and b.axis is not None and geometry.groups > 1
     return Scales(left.scale, right.repeat(geometry.groups) if by_group else right, form)

@@ -45,7 +45,8 @@ def gradients(
         Five of float32 ``(C,)``: the gradients of weight and bias, and factor, slope and offset of that of x, which is
         ``factor · g + slope · x + offset``.
     """
-    return _gradients(sums[0], sums[1], mean, inverse, _or(weight, _ONE), count)
+    found = _gradients(sums[0], sums[1], mean, inverse, _or(weight, _ONE), count)
+    return found[0], found[1], found[2], found[3], found[4]
 
 
 def _or(vector: Tensor | None, otherwise: np.float32) -> np.ndarray | np.float32:
@@ -72,4 +73,4 @@ def _gradients(total, along, mean, inverse, weight, count):
         slope = -factor * inverse[c] * inverse[c] * along[c] / count
         out[0, c], out[1, c] = along[c] * inverse[c], total[c]
         out[2, c], out[3, c], out[4, c] = factor, slope, -factor * total[c] / count - slope * mean[c]
-    return out[0], out[1], out[2], out[3], out[4]
+    return out

@@ -98,7 +98,7 @@ def _map(clip_value, largest, affine):
             zero = np.float32(0.0) if zero != zero else min(max(zero, -largest), largest)
         maps[0, c], maps[1, c], maps[2, c], maps[3, c] = low, high, inverse, zero
         maps[4, c] = np.float32(span / steps) if np.abs(span) < np.inf else np.float32(np.nan)
-    return maps[0], maps[1], maps[2], maps[3], maps[4]
+    return maps
 
 
 def _quantize(source: Tensor, own: Any, spec: OperandSpec, axis: int | None, keys: np.ndarray, planes: Tensor) -> int:
