@@ -99,10 +99,14 @@ def check(contraction, geometry, a, b, fast=None):
     if len(a.planes) == len(b.planes) == 1:
         assert torch.equal(y, ref)
     else:
-        biggest = max_plane_product(truth, contraction, a, b, geometry)
-        ulp = torch.nextafter(biggest, torch.tensor(torch.inf)) - biggest
-        # onednn adds the products of planes in float32, each time with half an ulp of a sum less than twice as large.
-        assert (y - ref).abs().max() <= (SCALING_ULPS + len(plane_pairs(a, b))) * ulp
+        assert (y - ref).abs().max() <= plane_sum_error(truth, contraction, a, b, geometry)
+
+
+def plane_sum_error(truth, contraction, a, b, geometry):
+    """What adding the products of planes in float32 may bring: each time half an ulp of a sum less than twice as large."""
+    biggest = max_plane_product(truth, contraction, a, b, geometry)
+    ulp = torch.nextafter(biggest, torch.tensor(torch.inf)) - biggest
+    return (SCALING_ULPS + len(plane_pairs(a, b))) * ulp
 
 
 def max_plane_product(truth, contraction, a, b, geometry):
