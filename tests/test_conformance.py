@@ -103,7 +103,7 @@ def check(contraction, geometry, a, b, fast=None):
 
 
 def plane_sum_error(truth, contraction, a, b, geometry):
-    """What adding the products of planes in float32 may bring: each time half an ulp of a sum less than twice as large."""
+    """What adding products of planes in float32 may bring: each time half an ulp of a sum less than twice as large."""
     biggest = max_plane_product(truth, contraction, a, b, geometry)
     ulp = torch.nextafter(biggest, torch.tensor(torch.inf)) - biggest
     return (SCALING_ULPS + len(plane_pairs(a, b))) * ulp
