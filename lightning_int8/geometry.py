@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import product
 from math import gcd, prod
 
@@ -28,7 +27,7 @@ class ConvGeometry:
     dilation: tuple[int, ...]
     groups: int
 
-    @cached_property
+    @property
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output; an entry below 1 where the window does not fit."""
         return tuple(

@@ -120,10 +120,9 @@ class Operand:
             return measured
         # A range that is not finite shows in this call's output and is forgotten, and so is one of zeros, which would
         # clip all that follows: the next call measures again.
-        on_host = measured.device.type == "cpu"
-        if self._measures_each_call and previous is not None and not (on_host or adjusts or self.tracks_distance):
+        if self._measures_each_call and previous is not None and not adjusts and not self.tracks_distance:
             self._remember(torch.where(_is_usable(measured), measured, previous), previous)
-        elif bool(_is_usable(measured)):  # on a GPU the host waits here, at a refresh and nowhere else
+        elif bool(_is_usable(measured)):  # the host waits here, at a refresh and nowhere else
             self._remember(measured, previous)
             if adjusts or self.tracks_distance:
                 self._note_error(x, candidates, widths, backend, again)
