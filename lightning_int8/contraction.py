@@ -15,7 +15,7 @@ from lightning_int8.backends.form import Form
 from lightning_int8.clock import Clock
 from lightning_int8.fusion import Deferred
 from lightning_int8.geometry import ConvGeometry
-from lightning_int8.layer_call import LayerCall
+from lightning_int8.layer_call import LayerCall, extent
 from lightning_int8.layer_times import LayerTimes
 from lightning_int8.numerics import Quantized
 from lightning_int8.operand import Operand, make_operands
@@ -73,7 +73,7 @@ class LayerState:
         self, x: Tensor, geometry: ConvGeometry | None, channels_last: bool, needs_input: bool, needs_weight: bool
     ) -> None:
         """Take note of a training call, see ``LayerCall``; the largest is what timings and the report are about."""
-        if self.call is None or (needs_input + needs_weight, x.numel()) > self.call.extent:
+        if self.call is None or extent(x.numel(), needs_input, needs_weight) > self.call.extent:
             self.call = LayerCall.of(x, geometry, channels_last, needs_input, needs_weight)
             self.counts.routes.clear()
 

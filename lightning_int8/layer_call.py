@@ -59,7 +59,12 @@ class LayerCall:
     @property
     def extent(self) -> tuple[int, int]:
         """How much a call asks for, to be compared: contractions of the backward pass, elements of the input."""
-        return self.needs_input + self.needs_weight, prod(self.shape)
+        return extent(prod(self.shape), self.needs_input, self.needs_weight)
+
+
+def extent(elements: int, needs_input: bool, needs_weight: bool) -> tuple[int, int]:
+    """``LayerCall.extent`` of a call that is not written down."""
+    return needs_input + needs_weight, elements
 
 
 def memory_format(dim: int) -> torch.memory_format:

@@ -2,6 +2,11 @@
 
 import copy
 import io
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -518,3 +523,15 @@ def test_a_deferred_tensor_may_be_a_gradient():
     deferred = Deferred(Expression((Term(gradient.movedim(1, -1).contiguous() - 1),), torch.ones(16), True), True)
     (found,) = torch.autograd.grad(torch.relu(Defer.apply(x, True)), x, deferred)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the CPU that is named is an x86")
+def test_this_file_passes_on_vectors_of_one_register():
+    """Compiled for a CPU without AVX-512 vectors are shorter; numba reads the name once per process."""
+    if os.environ.get("NUMBA_CPU_NAME"):
+        pytest.skip("this is the inner run")
+    env = os.environ | {"NUMBA_CPU_NAME": "haswell"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

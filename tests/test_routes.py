@@ -17,6 +17,7 @@ from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.gemm import Gemm
 from lightning_int8.backends.cpu.im2col_route import Im2col
 from lightning_int8.backends.cpu.route import Scales
+from lightning_int8.backends.form import Form
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import Plane
 
@@ -70,6 +71,13 @@ class Exchanged(Im2col):
 
     def correlate(self, data, weight, correlation, scales):
         return super().correlate(data, weight, correlation, Scales(scales.right, scales.left))
+
+
+class Biasless(Im2col):
+    """Fast, and says that it finishes, but forgets the bias."""
+
+    name = "biasless"
+    finishes = True
 
 
 @pytest.fixture
@@ -144,6 +152,15 @@ def test_the_backend_takes_the_direct_convolution_only_where_it_is_exact():
     assert routes.pick(*case).name in ("im2col", "direct", "implicit")
     wide = ConvGeometry(**{**vars(case[3]), "dilation": (2, 2)})
     assert not route.supports(*case[:3], wide, True)
+
+
+def test_a_route_that_forgets_the_bias_is_found_out(trusted, file):
+    *case, scales = problem()
+    biasless = Biasless(Gemm(int_matmul.exact_matmul()))
+    chosen = Choice([biasless, trusted], trusted, file)
+    chosen.pick(*case, scales)  # without a bias it is right, and that must not vouch for it
+    with pytest.warns(UserWarning, match="'biasless' is not exact"):
+        assert chosen.pick(*case, scales._replace(form=Form(bias=torch.rand(16)))) is trusted
 
 
 # --- The file --------------------------------------------------------------------------------------------------------

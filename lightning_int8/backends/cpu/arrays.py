@@ -14,15 +14,3 @@ def as_array(x: Tensor) -> np.ndarray:
     """All of a contiguous tensor, flat; bfloat16, which NumPy has no type for, as its bits in uint16."""
     flat = x.detach().view(-1)
     return flat.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else flat.numpy()
-
-
-def tile(values: Tensor, length: int) -> np.ndarray:
-    """The last axis, values of channels, repeated until it is ``length`` long: one for each element of a block.
-
-    Args:
-        values: ``(*, C)``.
-        length: A multiple of C.
-    """
-    channels = values.shape[-1]
-    # `Tensor.repeat` takes twice as long.
-    return np.tile(values.numpy(), length // channels)

@@ -34,7 +34,7 @@ class CorrelationRoute(Route):
             scales: What to multiply by, None for integer sums.
 
         Returns:
-            Floats with ``scales``, else int32 or int64; no view of another tensor.
+            float32 with ``scales``, else int32 or int64; no view of another tensor.
         """
 
     @abstractmethod

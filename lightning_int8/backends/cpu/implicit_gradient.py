@@ -52,14 +52,15 @@ def grad_weight(
     for block in blocks(correlation.groups, channels, out_channels):
         table = _panel_table(correlation, shape, block.inputs.start, block.inputs.stop)
         result = empty(block.out_count, int(table[:, 1].sum()), dtype=dtype)
-        taken_off, factors = _ends(g.flatten(0, -2)[:, block.outputs], zero, scales, block)
+        own_scales = scales and scales._replace(left=block.out(scales.left))
+        taken_off, factors = _ends(g.flatten(0, -2)[:, block.outputs], zero, own_scales)
         _sum_over_positions(g, padded, block, positions, table, factors, taken_off, as_array(result))
         results.append(block.diagonal(result))
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def _ends(
-    g: Tensor, zero: Tensor | None, scales: Scales | None, block: Block
+    g: Tensor, zero: Tensor | None, scales: Scales | None
 ) -> tuple[np.ndarray, tuple[np.float32 | np.ndarray, np.float32]]:
     """What to take off the sums of each channel of g ``(rows, channels)`` for the sake of a zero point, and scales."""
     taken_off = np.zeros(g.shape[1], np.int32)
@@ -67,7 +68,7 @@ def _ends(
         taken_off = (centre.row_sums(g.t()) * zero).to(torch.int32).numpy()
     if scales is None:
         return taken_off, (np.float32(1), np.float32(1))
-    left = block.out(scales.left)
+    left = scales.left
     own = np.float32(left.item()) if left.dim() == 0 else left.contiguous().numpy()
     return taken_off, (own, np.float32(scales.right.item()))
 
@@ -75,8 +76,7 @@ def _ends(
 def _grad_product(g: Tensor, x: Tensor, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype) -> Tensor:
     """``grad_weight`` of a matrix product, g ``(rows, Co)`` and x ``(rows, C)``."""
     (rows, out_channels), channels = g.shape, x.shape[1]
-    (block,) = blocks(1, channels, out_channels)
-    taken_off, factors = _ends(g, zero, scales, block)
+    taken_off, factors = _ends(g, zero, scales)
     result = empty(out_channels, channels, dtype=dtype)
     table, threads = _columns(channels), torch.get_num_threads()
     # Sums of a part stay in cache, beside what is packed of some rows.

@@ -39,6 +39,7 @@ from lightning_int8.spec import OperandSpec
 
 _BLOCK = 1024  # elements
 _SHORT_ROW = 64  # elements
+_NO_KEYS = np.zeros(2, np.uint32)
 _INFINITY = 0x7F800000  # bits of the smallest magnitude that is not finite
 
 
@@ -51,7 +52,7 @@ def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis
     if map_axis is None:
         own = (low[0], high[0], inverse[0], zero[0])
     planes = empty(plane_count(spec.bits), *x.shape, dtype=torch.int8)
-    keys = np.array(mix_key(*key.tolist()), dtype=np.uint32)
+    keys = np.array(mix_key(*key.tolist()), dtype=np.uint32) if spec.rounding == "stochastic" else _NO_KEYS
     if isinstance(x, Expression) and (x.is_plain or map_axis == 0):
         x = x.values()
     if isinstance(x, Expression):

@@ -48,12 +48,11 @@ def _converted(builder: Any, y: Any, name: str, mode: int) -> Any:
     """float32 lanes to int32 by a rounding of LLVM's; AVX-512 has one instruction with a mode for both."""
     if not HAS_AVX512:
         return builder.fptosi(operation(builder, f"llvm.{name}.v{LANES}f32", FLOATS, y), INTS)
-    floats_of, ints_of = ir.VectorType(ir.FloatType(), _REGISTER), ir.VectorType(ir.IntType(32), _REGISTER)
+    ints_of = ir.VectorType(ir.IntType(32), _REGISTER)
     rest = ir.Constant(ints_of, None), ir.IntType(_REGISTER)(-1), ir.IntType(32)(mode)
     converted = None
     for k in range(0, LANES, _REGISTER):
         part = builder.shuffle_vector(y, y, _indices(range(k, k + _REGISTER)))
-        assert part.type == floats_of
         own = operation(builder, "llvm.x86.avx512.mask.cvtps2dq.512", ints_of, part, *rest)
         wide = builder.shuffle_vector(own, own, _indices([min(n, _REGISTER - 1) for n in range(LANES)]))
         # Lanes from k on come from this register, those below from the ones before it.
