@@ -142,6 +142,8 @@ def take_route(name, monkeypatch):
         pytest.skip("without VNNI the direct convolution is not exact, hence not used")
     if name == "implicit" and (implicit_route.MICROKERNEL is None or not implicit_route.MICROKERNEL.is_available()):
         pytest.skip("this CPU has no AVX512-VNNI, or numba is missing")
+    if name == "implicit":
+        assert implicit_route.is_exact()  # now, and not for the first time while products are recorded
     backend = load("onednn")
     monkeypatch.setattr(backend, "_choice", onednn.OneDNN(backend._gemm.matmul, only=name)._choice)
 
