@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -24,10 +26,13 @@ def _splitmix64(value: int) -> int:
 
 def mix_key(seed: int, rank: int, call: int) -> tuple[int, int]:
     """Two 32-bit hash keys; different (seed, rank, call) give unrelated streams, not shifted ones."""
-    mixed = _splitmix64(seed & _MASK64)
-    mixed = _splitmix64(mixed ^ (rank & _MASK64))
-    mixed = _splitmix64(mixed ^ (call & _MASK64))
+    mixed = _splitmix64(_mix_stream(seed, rank) ^ (call & _MASK64))
     return mixed & _MASK32, mixed >> 32
+
+
+@lru_cache(maxsize=4096)
+def _mix_stream(seed: int, rank: int) -> int:
+    return _splitmix64(_splitmix64(seed & _MASK64) ^ (rank & _MASK64))
 
 
 def random_bits(key: Tensor, count: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import product
 from math import gcd, prod
 
@@ -27,7 +28,37 @@ class ConvGeometry:
     dilation: tuple[int, ...]
     groups: int
 
-    @property
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Tables are looked up by geometry at every contraction.
+        return hash(self.as_integers)
+
+    @cached_property
+    def as_integers(self) -> tuple[int, ...]:
+        """Everything, for ``of_integers``: the fields one after the other."""
+        padding = (n for pair in self.padding for n in pair)
+        return (*self.input_size, *self.kernel_size, *self.stride, *self.dilation, *padding, self.groups)
+
+    @staticmethod
+    @lru_cache(maxsize=4096)
+    def of_integers(integers: tuple[int, ...]) -> ConvGeometry:
+        """The geometry of ``as_integers``; always the same object."""
+        dims = len(integers) // 6
+        fields = [integers[k * dims : (k + 1) * dims] for k in range(4)]
+        padding = integers[4 * dims : 6 * dims]
+        return ConvGeometry(
+            input_size=fields[0],
+            kernel_size=fields[1],
+            stride=fields[2],
+            dilation=fields[3],
+            padding=tuple(zip(padding[::2], padding[1::2], strict=True)),
+            groups=integers[-1],
+        )
+
+    @cached_property
     def output_size(self) -> tuple[int, ...]:
         """Spatial size of the output; an entry below 1 where the window does not fit."""
         return tuple(
@@ -37,7 +68,7 @@ class ConvGeometry:
             )
         )
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Number of kernel positions."""
         return prod(self.kernel_size)

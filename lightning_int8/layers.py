@@ -90,20 +90,13 @@ class _Int8Conv(_Int8Layer):
         return self._batched(x)
 
     def _batched(self, x: Tensor) -> Tensor:
-        padding = self._zero_padding()
         if self.padding_mode != "zeros":
             # The backward pass of padding asks for the shape of its input alone: keep no float copy of it.
             with torch.autograd.graph.saved_tensors_hooks(_shape_only, _shape_only):
                 x = nn.functional.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
         channels_last = _is_channels_last(x) or _is_channels_last(self.weight)
-        geometry = ConvGeometry(
-            input_size=tuple(x.shape[2:]),
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            padding=padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+        windows = (*self.kernel_size, *self.stride, *self.dilation, *self._zero_padding(), self.groups)
+        geometry = ConvGeometry.of_integers((*x.shape[2:], *windows))
         if min(geometry.output_size) < 1:
             raise ValueError(
                 f"layer {self.int8_state.name!r}: input shape: the padded size {tuple(x.shape[2:])} is smaller than "
@@ -111,14 +104,15 @@ class _Int8Conv(_Int8Layer):
             )
         return contract(x, self.weight, self.bias, self.int8_state, geometry, self.training, channels_last)
 
-    def _zero_padding(self) -> tuple[tuple[int, int], ...]:
+    def _zero_padding(self) -> list[int]:
+        """(before, after) in zeros, axis by axis."""
         if self.padding_mode != "zeros":
-            return ((0, 0),) * len(self.kernel_size)
+            return [0] * (2 * len(self.kernel_size))
         if isinstance(self.padding, str):
             # Torch keeps (before, after) of "same" and "valid", last axis first.
             flat = self._reversed_padding_repeated_twice
-            return tuple((flat[i], flat[i + 1]) for i in reversed(range(0, len(flat), 2)))
-        return tuple((p, p) for p in self.padding)
+            return [n for i in reversed(range(0, len(flat), 2)) for n in flat[i : i + 2]]
+        return [p for p in self.padding for _ in range(2)]
 
 
 class Int8Conv1d(_Int8Conv, nn.Conv1d):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
-from lightning_int8 import convert, gemm_counts
+from lightning_int8 import ContractionSpec, Recipe, convert, gemm_counts
 from lightning_int8.backends import load
 from lightning_int8.backends.cpu import implicit_route
 from lightning_int8.backends.cpu.expression import Expression, Mask, Term, passes
@@ -282,6 +282,26 @@ def test_the_product_sums_what_a_batch_norm_needs(groups, bias, walks, dtype, mo
     assert len(calls) == walks
     rounding = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(found[1], found[0], rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("layer", [nn.Conv2d(8, 37, 3, padding=1), nn.Linear(8, 37)])
+def test_the_gradient_of_a_bias_is_summed_while_the_gradient_is_rounded(layer, affine, monkeypatch):
+    gradient = OperandSpec(affine=affine, rounding="stochastic")
+    recipe = Recipe(
+        name="a rounded gradient",
+        grad_input=ContractionSpec(lhs=gradient, rhs=OperandSpec()),
+        grad_weight=ContractionSpec(lhs=gradient, rhs=OperandSpec()),
+    )
+    net = nn.Sequential(copy.deepcopy(layer), nn.ReLU())
+    convert(net, recipe=recipe)
+    x = torch.randn(5, 8, 9, 7) if isinstance(layer, nn.Conv2d) else torch.randn(5, 9, 7, 8)
+    y = net(x)
+    monkeypatch.setattr(passes(), "channel_sums", lambda *_: pytest.fail("a walk of its own"))
+    g = torch.randn(y.shape) * 1e3 + 1e5
+    y.backward(g)
+    kept = (g * (y > 0)).double().movedim(1 if x.shape[1] == 8 else -1, -1).flatten(0, -2).sum(0)
+    torch.testing.assert_close(net[0].bias.grad.double(), kept, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("value", [1.0, 255.0])

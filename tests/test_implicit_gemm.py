@@ -222,14 +222,14 @@ def test_a_cpu_that_the_user_names_gets_no_instructions_of_this_one():
 
 def test_operators_have_fakes():
     g, x, w = bytes_of((2, 3, 3, 6)), bytes_of((2, 3, 3, 5)), bytes_of((6, 3, 3, 5))
-    numbers = ([3, 3], [3, 3], [1, 1], [1, 1, 1, 1], [1, 1], 1)
+    numbers = [3, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     scales = [torch.tensor(0.3), torch.tensor(0.2)]
     for contraction, a, b in (("output", x, w), ("grad_input", g, w), ("grad_weight", g, x)):
         for how in (([], torch.int32), (scales, torch.float32), (scales, torch.bfloat16)):
             bias = moments = None
             if contraction == "output" and how[0]:
                 bias, moments = torch.ones(6), torch.full((2, 6), torch.nan, dtype=torch.float64)
-            arguments = contraction, a, b, *numbers, None, *how, bias, moments
+            arguments = contraction, a, b, numbers, None, *how, bias, moments
             operator = torch.ops.lightning_int8.implicit_conv
             torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 

@@ -83,7 +83,7 @@ class Products(TorchDispatchMode):
             shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
             dtypes, shapes = zip(*((t.dtype, tuple(t.shape)) for t in tensors), strict=True) if tensors else ((), ())
             contraction = args[0] if args and isinstance(args[0], str) else ""
-            geometry = implicit_route.geometry_of(*args[3:9]) if name.endswith("implicit_conv") else None
+            geometry = ConvGeometry.of_integers(tuple(args[3])) if name.endswith("implicit_conv") else None
             self.calls.append(Call(name, dtypes, shapes, shape, contraction, geometry))
         return result
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -150,7 +151,7 @@ def test_the_backend_takes_the_direct_convolution_only_where_it_is_exact():
     route = next(r for r in routes.routes if r.name == "direct")
     assert route.supports(*case[:4], True) == direct_route.is_exact()
     assert routes.pick(*case).name in ("im2col", "direct", "implicit")
-    wide = ConvGeometry(**{**vars(case[3]), "dilation": (2, 2)})
+    wide = replace(case[3], dilation=(2, 2))
     assert not route.supports(*case[:3], wide, True)
 
 

@@ -164,12 +164,11 @@ class Backend(ABC):
         form: Form,
     ) -> Tensor:
         assert contraction in CONTRACTIONS
-        pairs = plane_pairs(a, b)
-        if len(pairs) == 1:
+        if len(a.planes) == len(b.planes) == 1:
             counts[self.name, contraction] += 1
             return self.scaled(contraction, a, b, 0, 0, geometry, form)
         total: Tensor | None = None
-        for i, j in pairs:
+        for i, j in plane_pairs(a, b):
             scaled = self.scaled(contraction, a, b, i, j, geometry, FLOAT32)
             counts[self.name, contraction] += 1
             total = scaled if total is None else total.add_(scaled)

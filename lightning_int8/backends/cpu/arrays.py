@@ -12,5 +12,6 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16)
 
 def as_array(x: Tensor) -> np.ndarray:
     """All of a contiguous tensor, flat; bfloat16, which NumPy has no type for, as its bits in uint16."""
-    flat = x.detach().view(-1)
-    return flat.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else flat.numpy()
+    assert x.is_contiguous()
+    x = x.detach()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy().reshape(-1)

@@ -6,7 +6,6 @@ freed. A network allocates the same sizes step after step; here they are kept in
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections import deque
 from math import prod
 from threading import Lock
@@ -25,11 +24,22 @@ MOST_WASTE = 1.25
 _ALIGNMENT = 64
 _PATIENCE = 2.0
 
+# NumPy has no bfloat16, and torch makes tensors of one type faster than of another type's bytes.
+_IN_MEMORY: dict[torch.dtype, np.dtype] = {
+    torch.float32: np.dtype(np.float32),
+    torch.bfloat16: np.dtype(np.uint16),
+    torch.float64: np.dtype(np.float64),
+    torch.int8: np.dtype(np.int8),
+    torch.uint8: np.dtype(np.uint8),
+    torch.int16: np.dtype(np.int16),
+    torch.int32: np.dtype(np.int32),
+    torch.int64: np.dtype(np.int64),
+}
+
 
 class _Idle(NamedTuple):
-    size: int
-    since: int
     block: np.ndarray
+    since: int
 
 
 class _Pool:
@@ -44,8 +54,8 @@ class _Pool:
 
     def __init__(self) -> None:
         self.held = 0
-        self._idle: list[_Idle] = []  # by size
-        self._returned: deque[_Idle] = deque()
+        self._idle: dict[int, list[_Idle]] = {}  # by size, the last one returned at the end
+        self._returned: deque[np.ndarray] = deque()
         self._served = 0
         self._lock = Lock()
 
@@ -54,9 +64,9 @@ class _Pool:
         with self._lock:
             self._sort_in()
             self._served += size
-            at = bisect_left(self._idle, size, key=_size)
-            if at < len(self._idle) and self._idle[at].size <= MOST_WASTE * size:
-                return self._idle.pop(at).block
+            idle = self._idle.get(size) or self._idle.get(self._next_size(size))
+            if idle:
+                return idle.pop().block
             self._forget(self._served - _PATIENCE * self.held)
             self.held += size
         raw = np.empty(size + _ALIGNMENT, np.uint8)
@@ -65,7 +75,7 @@ class _Pool:
 
     def give(self, block: np.ndarray) -> None:
         """Take a block back; without the lock, since a tensor may die anywhere, even while this thread holds it."""
-        self._returned.append(_Idle(block.size, self._served, block))
+        self._returned.append(block)
 
     def clear(self) -> None:
         """Free what nobody uses."""
@@ -73,14 +83,23 @@ class _Pool:
             self._sort_in()
             self._forget(self._served + 1)
 
+    def _next_size(self, size: int) -> int:
+        """The smallest size of an idle block that will do as well, or ``size``."""
+        return min((s for s, idle in self._idle.items() if idle and size < s <= MOST_WASTE * size), default=size)
+
     def _sort_in(self) -> None:
         while self._returned:
-            idle = self._returned.popleft()
-            self._idle.insert(bisect_left(self._idle, idle.size, key=_size), idle)
+            block = self._returned.popleft()
+            self._idle.setdefault(block.size, []).append(_Idle(block, self._served))
 
     def _forget(self, before: float) -> None:
-        self.held -= sum(idle.size for idle in self._idle if idle.since < before)
-        self._idle = [idle for idle in self._idle if idle.since >= before]
+        for size, idle in list(self._idle.items()):
+            kept = [i for i in idle if i.since >= before]
+            self.held -= size * (len(idle) - len(kept))
+            if kept:
+                self._idle[size] = kept
+            else:
+                del self._idle[size]
 
 
 class _Lease(np.ndarray):
@@ -96,24 +115,21 @@ class _Lease(np.ndarray):
         _pool.give(self.block)
 
 
-def _size(idle: _Idle) -> int:
-    return idle.size
-
-
 _pool = _Pool()
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """``torch.empty`` on the CPU; its memory is kept for the next one when the last tensor that uses it is gone."""
-    count = prod(shape)
-    size = count * dtype.itemsize
+    in_memory = _IN_MEMORY[dtype]
+    size = prod(shape) * in_memory.itemsize
     if size < SMALLEST:
         return torch.empty(shape, dtype=dtype)
     block = _pool.take(size)
-    lease = block[:size].view(_Lease)
+    lease = _Lease(shape, in_memory, block)
     lease.block = block
+    tensor = torch.from_numpy(lease)
     # `.data`, since autograd refuses to change views in place that a custom function returns.
-    return torch.from_numpy(lease).view(dtype).view(shape).data
+    return tensor.view(dtype).data if tensor.dtype != dtype else tensor
 
 
 def clear() -> None:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ SHAPES_TIMED = 8
 """Input shapes of one layer that are timed; later ones, of a net whose inputs vary, follow the last of them."""
 
 
+_MOST_FOUND = 4096
+
+
 class Choice:
     """Picks a route for every problem.
 
@@ -46,6 +50,7 @@ class Choice:
         self._trusted = trusted
         self._file = file
         self._picked: dict[str, Route] = {}
+        self._found: dict[tuple[Any, ...], Route] = {}
         self._timed: dict[str, list[Route]] = {}
 
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
@@ -54,6 +59,15 @@ class Choice:
 
     def pick(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> Route:
         """The route for a problem; at its first use the candidates are checked and timed."""
+        key = (contraction, a.data.shape, b.data.shape, geometry, *map(_zero_axes, (a, b)), *_wanted(scales))
+        route = self._found.get(key)
+        if route is None:
+            if len(self._found) >= _MOST_FOUND:
+                self._found.clear()
+            route = self._found[key] = self._pick(contraction, a, b, geometry, scales)
+        return route
+
+    def _pick(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None) -> Route:
         able = (r for r in self.routes if r.supports(contraction, a, b, geometry, scales is not None))
         if self._file is None or _products(contraction, a, b, geometry) < SMALLEST_TIMED:
             return next(able)
@@ -143,6 +157,18 @@ def _layer(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales:
     if scales is not None and scales.form.bias is not None:
         form += " with a bias"
     return f"{contraction} {form} {affine}, {out}:{per_group}, windows {windows}, {torch.get_num_threads()} threads"
+
+
+def _zero_axes(plane: Plane) -> int | None:
+    return None if plane.zero_point is None else plane.zero_point.dim()
+
+
+def _wanted(scales: Scales | None) -> tuple[Any, ...]:
+    """What routes are chosen by, of scales, and the number of threads."""
+    if scales is None:
+        return None, torch.get_num_threads()
+    form = scales.form
+    return form.dtype, form.bias is None, form.moments is None, torch.get_num_threads()
 
 
 def _products(contraction: str, a: Plane, b: Plane, geometry: ConvGeometry) -> int:

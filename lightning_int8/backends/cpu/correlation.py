@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -48,6 +49,7 @@ class Correlation:
         return ones and all(p == (0, 0) for p in self.padding)
 
 
+@lru_cache(maxsize=1024)
 def output_correlation(geometry: ConvGeometry) -> Correlation:
     """The output of a convolution: data x, weight w."""
     return Correlation(

@@ -121,7 +121,8 @@ def walk(source, first, last, block, buffers, rounding, sums):
             elements. None not to round.
         sums: (first sums, second sums, other values, centre): what to add the elements to, and what their products with
             other values, centred, if there are any: float32, whole vectors of places of a block, but for the other
-            values, which are floats, flat. None not to sum. With neither the last block is put in the first buffer.
+            values, which are floats, flat. None not to sum. Without rounding and sums the last block is put in the
+            first buffer.
 
     Returns:
         The largest magnitude that was rounded, as its bits.
@@ -208,14 +209,20 @@ def _walk(source, first, last, block, buffers, rounding, places, sums, only_rest
                 y = steps(v, lanes_of(low, j), lanes_of(high, j), lanes_of(inverse, j))
                 q = up_or_down(y, np.uint32(i >> 1), keys[0], keys[1]) if stochastic else nearest(y)
                 store_bytes(plane, i, room, _with_zero(q, zero, j))
-            elif sums is not None:
+            if sums is not None:
                 store(first_sums, j, room, plus(load(first_sums, j, LANES), v))
                 if partner.size > 0:
                     product = times(v, minus(load(partner, i, room), load(centre, j, LANES)))
                     store(second_sums, j, room, plus(load(second_sums, j, LANES), product))
-            else:
+            if rounding is None and sums is None:
                 store(out, j, LANES, v)
     return largest_lane(top)
+
+
+@compiled
+def round_all(source, first, last, block, rounding):
+    """Round elements ``first`` to ``last``, see ``walk``."""
+    return walk(source, first, last, block, new_buffers(source, block), rounding, None)
 
 
 @compiled
@@ -225,12 +232,27 @@ def compute_all(source, first, last, block):
 
 
 @compiled
-def product_sums(source, first, last, block, other, centre):
-    """Sums of a source and of its product with centred values for each place of a block."""
+def product_sums(source, first, last, block, other, centre, rounding):
+    """Sums of a source and of its product with centred values for each place of a block.
+
+    Args:
+        source: See ``walk``.
+        first: Likewise.
+        last: Likewise.
+        block: Likewise.
+        other: The values; of size 0 where nobody wants the product.
+        centre: float32, one for each channel.
+        rounding: See ``walk``: sums and rounding share one walk.
+
+    Returns:
+        float64 ``(2, block)``, and the largest magnitude as its bits, 0 without rounding.
+    """
     sums, partial = np.zeros((2, whole(block))), np.zeros((2, whole(block)), np.float32)
     buffers, span, centres = new_buffers(source, block), _FLUSHED * block, tiled(centre, block)
+    top = np.int32(0)
     for start in range(first, last, span):
-        walk(source, start, min(start + span, last), block, buffers, None, (partial[0], partial[1], other, centres))
+        added = (partial[0], partial[1], other, centres)
+        top = max(top, walk(source, start, min(start + span, last), block, buffers, rounding, added))
         sums += partial
         partial[:] = 0
-    return sums[:, :block]
+    return sums[:, :block], top

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd, prod
 
 import numpy as np
@@ -110,12 +111,21 @@ def channel_sums(expression: Expression, other: Tensor | None, centre: Tensor | 
     """
     channels = expression.shape[-1]
     source, block = source_of(expression, None), block_of(channels)
-    others, centres = _none_of(expression), _NOTHING
+    others, centres = nothing_to_multiply(expression)
     if other is not None and centre is not None:
         others, centres = as_array(other), as_array(centre)
 
     def work(first: int, last: int) -> np.ndarray:
-        return elementwise.product_sums(source, first, last, block, others, centres)
+        return elementwise.product_sums(source, first, last, block, others, centres, None)[0]
 
-    sums = sum(split_blocks(work, prod(expression.shape), block))
-    return torch.from_numpy(sums).view(2, -1, channels).sum(1)
+    return of_channels(split_blocks(work, prod(expression.shape), block), channels)
+
+
+def of_channels(parts: Sequence[np.ndarray], channels: int) -> Tensor:
+    """float64 ``(2, C)`` of sums for each place of a block, from each part of the work."""
+    return torch.from_numpy(sum(parts[1:], parts[0])).view(2, -1, channels).sum(1)
+
+
+def nothing_to_multiply(expression: Expression) -> tuple[np.ndarray, np.ndarray]:
+    """The last two operands of ``elementwise.product_sums`` for sums alone."""
+    return _none_of(expression), _NOTHING

@@ -124,6 +124,7 @@ class Expression:
         upper: What larger sums become then; NaN for no bound.
         mask: To be filled when the rectified sum is computed.
         kept: Whether whoever computes this keeps its values too, because they are likely to be wanted again.
+        summed: Whether whoever quantizes this sums its channels too, because somebody will want that.
         moments: float64 ``(2, C)``: mean and biased variance of each channel; None where nobody has computed them yet.
     """
 
@@ -145,7 +146,9 @@ class Expression:
         self.upper = upper
         self.mask = mask
         self.kept = kept
+        self.summed = False
         self.moments = moments
+        self._sums: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -223,7 +226,11 @@ class Expression:
 
     def channel_sums(self) -> Tensor:
         """float64 ``(C,)`` sums over all but the channels."""
-        return passes().channel_sums(self, None, None)[0]
+        return passes().channel_sums(self, None, None)[0] if self._sums is None else self._sums
+
+    def summed_up(self, sums: Tensor) -> None:
+        """Take over the channel sums that a pass has computed along with something else."""
+        self._sums = sums
 
 
 def values_of(x: Tensor | Expression) -> Tensor:

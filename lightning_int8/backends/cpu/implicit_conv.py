@@ -33,66 +33,6 @@ _FEWEST_ROWS, _MOST_ROWS = 8, 256  # tiles of positions that are multiplied with
 _ORIGIN = np.zeros(1, np.int64)
 
 
-def correlate(
-    data: Tensor,
-    zero: Tensor | None,
-    weight: Tensor,
-    correlation: Correlation,
-    scales: Scales | None,
-    targets: np.ndarray,
-    result: Tensor,
-) -> None:
-    """Write the windowed sums of one correlation, scaled if there are scales.
-
-    Args:
-        data: int8 ``(N, *spatial, C)``, contiguous.
-        zero: Its zero point ``()``, or None.
-        weight: int8 ``(Co, *taps, C / groups)``, any strides.
-        correlation: The windows.
-        scales: See ``Scales``; its form is taken but for the dtype.
-        targets: int64: where each position of a sample belongs in one of ``result``.
-        result: float32 or bfloat16 with ``scales``, else int32; contiguous, its last axis is Co.
-    """
-    assert data.is_contiguous()
-    batch, channels = data.shape[0], data.shape[-1]
-    fill = 0 if zero is None else int(zero)
-    moments = None if scales is None else scales.form.moments
-    # Windows of one tap and whole quads are copied and made unsigned a few at a time; others are read where they lie.
-    is_single = all(n == 1 for n in correlation.taps) and channels // correlation.groups % QUAD == 0
-    is_signed = is_single and all(p == (0, 0) for p in correlation.padding)
-    source = data
-    if not is_signed:
-        with_axis, padding = (data, correlation.padding) if correlation.size else (data[:, None], ((0, 0),))
-        source = border.pad(with_axis, padding, fill, True, QUAD)
-    flat = source.as_strided((source.numel() + (0 if is_signed else QUAD),), (1,)).view(torch.uint8).numpy()
-    samples, out = (source.stride(0), result.stride(0)), as_array(result)
-    shape = tuple(source.shape[1:]) if correlation.size else (channels,)
-    for block in blocks(correlation.groups, channels, len(weight)):
-        own = weight if correlation.groups == 1 else block.weight(Plane(weight, torch.ones(())))
-        windows = _windows(correlation, shape, block.inputs.start, block.inputs.stop, is_signed)
-        packed = panels.of_weight(own, windows.runs, windows.run)
-        starts = _column_sums(packed, windows.runs, windows.quads, len(own)) * -(int(UNSIGNED) + fill)
-        factors = _factors(scales, block, len(starts))
-        places = targets + block.outputs.start if block.outputs.start else targets
-        # A weight that fits the cache is read as often as one likes, a larger one for as many positions as fit it.
-        tiles = _FEWEST_ROWS
-        if packed.nbytes > BLOCK_BYTES // 2:
-            tiles = BLOCK_BYTES * batch * len(places) // (source.numel() * ROWS)
-            tiles = max(_FEWEST_ROWS, min(tiles, _MOST_ROWS))
-        operands = (flat, is_signed, samples, windows.origins, places, windows.pieces, windows.quads, packed)
-        rest = (starts, factors, len(own), tiles * ROWS, out, None if moments is None else True)
-        work = partial(_counted, partial(_compiled_correlate, *operands, *rest))
-        parts = split(work, batch * len(places), -(-SMALLEST_PIECE // own.numel()))
-        if moments is not None:
-            counts, sums = zip(*parts, strict=True)
-            found = implicit_gemm.joined(np.array(counts), np.stack(sums).reshape(len(sums), 3, -1))
-            moments[:, block.outputs] = torch.from_numpy(found)[:, : block.out_count]
-
-
-def _counted(work: Callable[[int, int], np.ndarray], first: int, last: int) -> tuple[int, np.ndarray]:
-    return last - first, work(first, last)
-
-
 class _Windows(NamedTuple):
     """How windows are read, and a packed weight with them.
 
@@ -111,7 +51,86 @@ class _Windows(NamedTuple):
     quads: int
 
 
-@lru_cache(maxsize=1024)
+class Plan(NamedTuple):
+    """All that the shapes of a correlation decide.
+
+    Attributes:
+        padding: (before, after) per axis of the data, of which there is at least one; None where windows are one tap
+            of whole quads: those are copied and made unsigned a few at a time, others read where they lie.
+        targets: int64: where each position of a sample belongs in one of the result.
+        parts: Groups of channels and their windows.
+    """
+
+    padding: tuple[tuple[int, int], ...] | None
+    targets: np.ndarray
+    parts: list[tuple[Block, _Windows]]
+
+
+def plan(
+    correlation: Correlation, size: tuple[int, ...], channels: int, out_channels: int, targets: np.ndarray
+) -> Plan:
+    """The plan for data ``(N, *size, channels)``; see ``Plan`` for the targets."""
+    is_single = all(n == 1 for n in correlation.taps) and channels // correlation.groups % QUAD == 0
+    is_signed = is_single and all(p == (0, 0) for p in correlation.padding)
+    padded = (n + lo + hi for n, (lo, hi) in zip(size, correlation.padding, strict=True))
+    shape = (*padded, channels)
+    parts = [
+        (block, _windows(correlation, shape, block.inputs.start, block.inputs.stop, is_signed))
+        for block in blocks(correlation.groups, channels, out_channels)
+    ]
+    return Plan(None if is_signed else correlation.padding or ((0, 0),), targets, parts)
+
+
+def correlate(
+    data: Tensor, zero: Tensor | None, weight: Tensor, plan: Plan, scales: Scales | None, result: Tensor
+) -> None:
+    """Write the windowed sums of one correlation, scaled if there are scales.
+
+    Args:
+        data: int8 ``(N, *spatial, C)``, contiguous.
+        zero: Its zero point ``()``, or None.
+        weight: int8 ``(Co, *taps, C / groups)``, any strides.
+        plan: The windows, and where their sums belong.
+        scales: See ``Scales``; its form is taken but for the dtype.
+        result: float32 or bfloat16 with ``scales``, else int32; contiguous, its last axis is Co.
+    """
+    batch, fill = data.shape[0], 0 if zero is None else int(zero)
+    moments = None if scales is None else scales.form.moments
+    if plan.padding is None:
+        flat, distance = as_array(data).view(np.uint8), data.stride(0)
+    else:
+        with_axis = data if data.dim() > 2 else data[:, None]
+        source = border.pad(with_axis, plan.padding, fill, True, QUAD)
+        distance = source.stride(0)
+        flat = source.as_strided((batch * distance + QUAD,), (1,)).numpy()
+    is_signed, samples, out = plan.padding is None, (distance, result.stride(0)), as_array(result)
+    positions = plan.targets.size
+    for block, windows in plan.parts:
+        is_all = block.groups == len(plan.parts) == 1
+        own = weight if is_all else block.weight(Plane(weight, torch.ones(())))
+        packed = panels.of_weight(own, windows.runs, windows.run)
+        columns = block.out_count
+        starts = _column_sums(packed, windows.runs, windows.quads, columns) * -(int(UNSIGNED) + fill)
+        factors = _factors(scales, block, len(starts))
+        # A weight that fits the cache is read as often as one likes, a larger one for as many positions as fit it.
+        tiles = _FEWEST_ROWS
+        if packed.nbytes > BLOCK_BYTES // 2:
+            tiles = BLOCK_BYTES * batch * positions // (flat.size * ROWS)
+            tiles = max(_FEWEST_ROWS, min(tiles, _MOST_ROWS))
+        operands = (flat, is_signed, samples, windows.origins, plan.targets, windows.pieces, windows.quads, packed)
+        rest = (starts, factors, columns, tiles * ROWS, out[block.outputs.start :], None if moments is None else True)
+        work = partial(_counted, partial(_compiled_correlate, *operands, *rest))
+        parts = split(work, batch * positions, -(-SMALLEST_PIECE // own.numel()))
+        if moments is not None:
+            counts, sums = zip(*parts, strict=True)
+            found = implicit_gemm.joined(np.array(counts), np.stack(sums).reshape(len(sums), 3, -1))
+            moments[:, block.outputs] = torch.from_numpy(found)[:, :columns]
+
+
+def _counted(work: Callable[[int, int], np.ndarray], first: int, last: int) -> tuple[int, np.ndarray]:
+    return last - first, work(first, last)
+
+
 def _windows(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int, is_signed: bool) -> _Windows:
     """The windows of some channels of samples ``shape``; those of signed bytes have one piece, which begins at once."""
     origins, runs, run = window_tables(correlation, shape, first, stop)

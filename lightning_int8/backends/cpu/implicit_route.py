@@ -5,19 +5,17 @@ They are an operator of its own, so that whoever watches operations sees INT8 pr
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import product
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import (
-    Correlation,
     grid_offsets,
     output_correlation,
     residue_correlation,
@@ -70,9 +68,8 @@ class Implicit(Route):
             form = scales.form
             dtype = form.dtype if form.dtype in FLOAT_DTYPES else torch.float32
             how = [scales.left, scales.right], dtype, form.bias, form.moments
-        operands = contraction, a.data, b.data, *_numbers(geometry), zero
-        result = torch.ops.lightning_int8.implicit_conv(*operands, *how)
-        return result if scales is None else result.to(scales.form.dtype)
+        result = _implicit_conv()(contraction, a.data, b.data, geometry.as_integers, zero, *how)
+        return result if scales is None or result.dtype == scales.form.dtype else result.to(scales.form.dtype)
 
 
 def _longest(zero: Tensor | None) -> int:
@@ -85,29 +82,9 @@ def _most_samples(zero: Tensor | None, positions: int) -> int:
     return max(1, _longest(zero) // positions)
 
 
-def _numbers(geometry: ConvGeometry) -> tuple[Any, ...]:
-    g = geometry
-    padding = [n for pair in g.padding for n in pair]
-    return list(g.input_size), list(g.kernel_size), list(g.stride), padding, list(g.dilation), g.groups
-
-
-def geometry_of(
-    input_size: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> ConvGeometry:
-    """The geometry of which the operator takes the numbers."""
-    return ConvGeometry(
-        input_size=tuple(input_size),
-        kernel_size=tuple(kernel_size),
-        stride=tuple(stride),
-        padding=tuple(zip(padding[::2], padding[1::2], strict=True)),
-        dilation=tuple(dilation),
-        groups=groups,
-    )
+@cache
+def _implicit_conv() -> Any:
+    return torch.ops.lightning_int8.implicit_conv.default
 
 
 @operator("moments")
@@ -115,12 +92,7 @@ def implicit_conv(
     contraction: str,
     a: Tensor,
     b: Tensor,
-    input_size: list[int],
-    kernel_size: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
+    geometry: list[int],
     zero: Tensor | None,
     scales: list[Tensor],
     dtype: torch.dtype,
@@ -133,61 +105,70 @@ def implicit_conv(
         contraction: "output", "grad_input" or "grad_weight".
         a: Left operand.
         b: Right operand.
-        input_size: See ``ConvGeometry``; padding is (before, after) axis by axis.
-        kernel_size: Likewise.
-        stride: Likewise.
-        padding: Likewise.
-        dilation: Likewise.
-        groups: Likewise.
+        geometry: The numbers of the ``ConvGeometry``.
         zero: Zero point of the operand whose windows are read, x or else g; or None.
         scales: Left and right, see ``Scales``; empty for the sums.
         dtype: float32 or bfloat16 of scaled sums; int32 of the sums themselves, where a grad_weight may be int64.
         bias: Of an output, see ``Form``; or None.
         moments: Likewise, to be filled.
     """
-    geometry = geometry_of(input_size, kernel_size, stride, padding, dilation, groups)
     own_scales = Scales(scales[0], scales[1], Form(dtype, bias, moments)) if scales else None
-    return _COMPUTED[contraction](a, b, geometry, zero, own_scales, dtype)
+    compute = _grad_weight if contraction == "grad_weight" else partial(_windowed, contraction)
+    return compute(a, b, ConvGeometry.of_integers(tuple(geometry)), zero, own_scales, dtype)
 
 
-def _output(
-    x: Tensor, w: Tensor, geometry: ConvGeometry, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype
+def _windowed(
+    contraction: str,
+    data: Tensor,
+    w: Tensor,
+    geometry: ConvGeometry,
+    zero: Tensor | None,
+    scales: Scales | None,
+    dtype: torch.dtype,
 ) -> Tensor:
-    correlation = output_correlation(geometry)
-    result = empty(len(x), *correlation.size, len(w), dtype=dtype)
-    assert IMPLICIT is not None
-    targets = _grid(correlation.size, result.stride()[1:-1])
-    IMPLICIT.correlate(x, zero, w, correlation, scales, targets, result)
-    return result
-
-
-def _grad_input(
-    g: Tensor, w: Tensor, geometry: ConvGeometry, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype
-) -> Tensor:
-    result = empty(len(g), *geometry.input_size, w.shape[-1] * geometry.groups, dtype=dtype)
-    classes, are_all = _classes(geometry, result.stride()[1:-1])
+    """An "output" or a "grad_input"."""
+    size, channels = geometry.output_size, w.shape[0]
+    if contraction == "grad_input":
+        size, channels = geometry.input_size, w.shape[-1] * geometry.groups
+    result = empty(data.shape[0], *size, channels, dtype=dtype)
+    parts, are_all = _parts(contraction, geometry, data.shape[-1], channels)
     if not are_all:
         result.zero_()
     assert IMPLICIT is not None
-    for residue, correlation, targets in classes:
-        weight = transposed_weight(Plane(w, _ONE), residue, geometry.groups).data
-        IMPLICIT.correlate(g, zero, weight, correlation, scales, targets, result)
+    for residue, plan in parts:
+        weight = w if residue is None else transposed_weight(Plane(w, _ONE), residue, geometry.groups).data
+        IMPLICIT.correlate(data, zero, weight, plan, scales, result)
     return result
 
 
 @lru_cache(maxsize=1024)
-def _classes(
-    geometry: ConvGeometry, strides: tuple[int, ...]
-) -> tuple[list[tuple[Residue, Correlation, np.ndarray]], bool]:
-    """The residue classes of input positions, where they lie, and whether taps reach all of them."""
-    residues, classes = geometry.residues(), []
+def _parts(
+    contraction: str, geometry: ConvGeometry, channels: int, out_channels: int
+) -> tuple[list[tuple[Residue | None, Any]], bool]:
+    """The correlations that make up a contraction, planned, and whether they reach all of the result.
+
+    A grad_input has one for each residue class of input positions that a tap reaches.
+    """
+    assert IMPLICIT is not None
+    if contraction == "output":
+        places = grid_offsets(geometry.output_size, _strides(geometry.output_size, out_channels)).numpy()
+        plan = IMPLICIT.plan(output_correlation(geometry), geometry.input_size, channels, out_channels, places)
+        return [(None, plan)], True
+    residues, strides = geometry.residues(), _strides(geometry.input_size, out_channels)
+    parts: list[tuple[Residue | None, Any]] = []
     for residue in residues:
         if all(d.taps for d in residue.dims):
-            steps = tuple(d.stride * s for d, s in zip(residue.dims, strides, strict=True))
+            steps = [d.stride * s for d, s in zip(residue.dims, strides, strict=True)]
             begin = sum(d.first * s for d, s in zip(residue.dims, strides, strict=True))
-            targets = _grid(tuple(d.size for d in residue.dims), steps) + begin
-            classes.append((residue, residue_correlation(residue, geometry.groups), targets))
-    return classes, len(classes) == len(residues)
+            places = grid_offsets([d.size for d in residue.dims], steps).numpy() + begin
+            correlation = residue_correlation(residue, geometry.groups)
+            parts.append((residue, IMPLICIT.plan(correlation, geometry.output_size, channels, out_channels, places)))
+    return parts, len(parts) == len(residues)
+
+
+def _strides(size: tuple[int, ...], channels: int) -> list[int]:
+    """Distance of neighbours along each spatial axis of contiguous ``(*size, channels)``."""
+    return [prod(size[axis + 1 :]) * channels for axis in range(len(size))]
 
 
 def _grad_weight(
@@ -207,21 +188,13 @@ def _grad_weight(
     return result.view(g.shape[-1], *geometry.kernel_size, -1)
 
 
-_COMPUTED = {"output": _output, "grad_input": _grad_input, "grad_weight": _grad_weight}
-
-
-@lru_cache(maxsize=1024)
-def _grid(sizes: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-    return grid_offsets(sizes, strides).numpy()
-
-
 # --- Fakes, self-check -----------------------------------------------------------------------------------------------
 
 
 @torch.library.register_fake("lightning_int8::implicit_conv")
 def _(contraction: str, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
-    *numbers, zero, _, dtype, _, _ = rest
-    geometry = geometry_of(*numbers)
+    numbers, zero, _, dtype, _, _ = rest
+    geometry = ConvGeometry.of_integers(tuple(numbers))
     if contraction == "output":
         return a.new_empty(len(a), *geometry.output_size, len(b), dtype=dtype)
     if contraction == "grad_input":

@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.border import source_rows
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled
@@ -51,33 +52,27 @@ def of_weight(weight: Tensor, runs: int, run: int) -> np.ndarray:
         out.fill(0)
     by_panel = out.view(np.uint32).reshape(count, -1)
     if weight.stride(0) == 1 and channels % QUAD == 0:
-        begins, places = _quads_of_rows(tuple(weight.shape[1:]), tuple(weight.stride()[1:])), np.arange(words) * WIDTH
-        extent = 1 + sum((n - 1) * s for n, s in zip(weight.shape, weight.stride(), strict=True))
-        flat = weight.as_strided((extent,), (1,)).view(torch.uint8).numpy()
-
-        def work(first: int, last: int) -> None:
-            for p in range(first, last):
-                rest = (NO_FLIP, min(WIDTH, columns - p * WIDTH), by_panel[p], places, 0, 0)
-                interleave(flat[p * WIDTH :], begins, weight.stride(-1), QUAD, *rest, 0, words)
+        begins, places, extent = _quads_of_rows(tuple(weight.shape), weight.stride())
+        flat = weight.as_strided((extent,), (1,)).numpy().view(np.uint8)
+        work = partial(_interleave_columns, flat, begins, weight.stride(-1), columns, by_panel, places)
 
     else:
         rows = weight.reshape(columns, runs, run)
         if run % QUAD:
             rows = torch.nn.functional.pad(rows, (0, -run % QUAD))
-        as_words = rows.contiguous().view(columns, -1).view(torch.uint8).numpy().view(np.uint32)
-
-        def work(first: int, last: int) -> None:
-            _transpose_words(as_words[first * WIDTH : last * WIDTH], by_panel[first:last].reshape(-1))
+        as_words = as_array(rows.contiguous()).view(np.uint32).reshape(columns, -1)
+        work = partial(_transpose_words, as_words, by_panel)
 
     split(work, count, -(-_SMALLEST_PIECE // (words * WIDTH)))
     return out
 
 
 @lru_cache(maxsize=1024)
-def _quads_of_rows(sizes: tuple[int, ...], strides: tuple[int, ...]) -> np.ndarray:
-    """Where the first row of each quad of ``(*taps, C)`` begins."""
-    *outer, last = strides
-    return grid_offsets((*sizes[:-1], sizes[-1] // QUAD), (*outer, last * QUAD)).numpy()
+def _quads_of_rows(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int]:
+    """Of ``(columns, *taps, C)``: where the first row of each quad begins, where it belongs, and the length of all."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
+    begins = grid_offsets((*sizes[1:-1], sizes[-1] // QUAD), (*strides[1:-1], strides[-1] * QUAD)).numpy()
+    return begins, np.arange(len(begins)) * WIDTH, extent
 
 
 def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, more: int) -> np.ndarray:
@@ -234,17 +229,27 @@ def _fill(begins, counts, values, step, out):
 
 
 @compiled
-def _transpose_words(rows, out):
-    """Words of rows side by side: word w of row r to ``out[w * WIDTH + r % WIDTH]`` of panel ``r // WIDTH``.
+def _interleave_columns(data, begins, stride, columns, out, places, first, last):
+    """Panels ``first`` to ``last`` of ``(rows, columns)``, whose columns lie side by side; see ``interleave``."""
+    for p in range(first, last):
+        count = min(WIDTH, columns - p * WIDTH)
+        interleave(data[p * WIDTH :], begins, stride, QUAD, NO_FLIP, count, out[p], places, 0, 0, 0, begins.size)
+
+
+@compiled
+def _transpose_words(rows, out, first, last):
+    """Words of rows side by side: word w of row r to ``out[r // WIDTH, w * WIDTH + r % WIDTH]``.
 
     Args:
         rows: uint32 ``(rows, words)``.
-        out: uint32, flat, ``(panels, words, WIDTH)``; what no row reaches is left.
+        out: uint32 ``(panels, words · WIDTH)``; what no row reaches is left.
+        first: First panel.
+        last: Behind the last one.
     """
     count, words = rows.shape
-    for first in range(0, count, WIDTH):
-        panel = first * words
+    for p in range(first, last):
+        panel, row = out[p], p * WIDTH
         for begin in range(0, words, 16):  # a line of the cache
-            for r in range(min(WIDTH, count - first)):
+            for r in range(min(WIDTH, count - row)):
                 for w in range(begin, min(begin + 16, words)):
-                    out[panel + w * WIDTH + r] = rows[first + r, w]
+                    panel[w * WIDTH + r] = rows[row + r, w]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 
+@cache
 def compiled_pass(name: str) -> ModuleType | None:
     """Module ``name`` of this folder, which needs numba."""
     try:

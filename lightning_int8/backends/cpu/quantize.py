@@ -6,7 +6,8 @@ Memory is walked in blocks that stay in cache: 16-bit floats are widened, expres
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
-from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, walk
-from lightning_int8.backends.cpu.evaluation import block_of, source_of
+from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, product_sums, round_all
+from lightning_int8.backends.cpu.evaluation import block_of, nothing_to_multiply, of_channels, source_of
 from lightning_int8.backends.cpu.expression import Expression, Term
 from lightning_int8.backends.cpu.floats import get
 from lightning_int8.backends.cpu.rounding import round_block
@@ -43,40 +44,75 @@ _NO_KEYS = np.zeros(2, np.uint32)
 _INFINITY = 0x7F800000  # bits of the smallest magnitude that is not finite
 
 
+class _Map(NamedTuple):
+    """``numerics.affine_map`` as compiled passes take it, and what it says of the planes.
+
+    Attributes:
+        own: low, high, inverse and zero (0 if symmetric): float32 numbers, or arrays with one for each channel.
+        scales: Of each plane, float32.
+        zeros: Zero point of each plane, int32; None if symmetric.
+    """
+
+    own: tuple[Any, Any, Any, Any]
+    scales: tuple[Tensor, ...]
+    zeros: tuple[Tensor | None, ...]
+
+
 def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis: int | None, key: Tensor) -> Quantized:
     """Quantize ``x``, see ``Backend.quantize``."""
-    clip_values, largest = as_array(clip_value.to(torch.float32).contiguous()), np.float32(largest_integer(spec.bits))
-    low, high, inverse, zero, scale = _map(clip_values, largest, spec.affine)
-    own: Any = (low, high, inverse, zero)
     map_axis = axis if clip_value.dim() > spec.affine else None
     if map_axis is None:
-        own = (low[0], high[0], inverse[0], zero[0])
-    planes = empty(plane_count(spec.bits), *x.shape, dtype=torch.int8)
-    keys = np.array(mix_key(*key.tolist()), dtype=np.uint32) if spec.rounding == "stochastic" else _NO_KEYS
-    if isinstance(x, Expression) and (x.is_plain or map_axis == 0):
-        x = x.values()
-    if isinstance(x, Expression):
-        top = _quantize_expression(x, own, spec, keys, planes)
+        clip_values = tuple(clip_value.tolist()) if spec.affine else (clip_value.item(),)
+        m = _map_of_tensor(clip_values, spec.bits, spec.affine)
     else:
+        m = _map_of(as_array(clip_value.to(torch.float32).contiguous()), spec.bits, spec.affine)
+    count = plane_count(spec.bits)
+    planes: Sequence[Tensor]
+    if count == 1:
+        planes = [empty(*x.shape, dtype=torch.int8)]
+        out = as_array(planes[0]).reshape(1, -1)
+    else:
+        together = empty(count, *x.shape, dtype=torch.int8)
+        planes, out = together.unbind(), as_array(together).reshape(count, -1)
+    keys = np.array(mix_key(*key.tolist()), dtype=np.uint32) if spec.rounding == "stochastic" else _NO_KEYS
+    if isinstance(x, Expression) and (map_axis == 0 or (x.is_plain and count > 1)):
+        x = x.values()
+    if isinstance(x, Tensor):
         source = x.detach().contiguous()
         source = source.float() if source.dtype == torch.float16 else source
-        if len(planes) == 1 and map_axis != 0 and source.dim() > 1:
-            top = _quantize_expression(Expression((Term(source),)), own, spec, keys, planes)
-        else:
-            top = _quantize(source, own, spec, map_axis, keys, planes)
-
-    # As in `numerics.from_integers`; the integers themselves have become planes already.
+        is_walked = count == 1 and map_axis != 0 and source.dim() > 1
+        x = Expression((Term(source),)) if is_walked else source
+    if isinstance(x, Expression):
+        top = _quantize_expression(x, m.own, spec, keys, out)
+    else:
+        top = _quantize(x, m.own, spec, map_axis, keys, out)
+    scales = m.scales
     if top >= _INFINITY:
-        scale.fill(np.nan)
-    units = torch.from_numpy(scale) if map_axis is not None else torch.from_numpy(scale)[0]
-    if spec.bits == FLAG_BITS:
-        return Quantized((Plane(planes[0], units), Plane(planes[1], units / FLAG_STEPS)), axis)
-    count = len(planes)
+        scales = tuple(torch.full_like(s, torch.nan) for s in scales)
+    return Quantized(tuple(Plane(*parts) for parts in zip(planes, scales, m.zeros, strict=True)), axis)
+
+
+def _map_of(clip_values: np.ndarray, bits: int, affine: bool) -> _Map:
+    """The map for each channel; the integers themselves become planes as in ``numerics.from_integers``."""
+    *own, scale = _map(clip_values, np.float32(largest_integer(bits)), affine)
+    count, units = plane_count(bits), torch.from_numpy(scale)
+    if bits == FLAG_BITS:
+        return _Map(tuple(own), (units, units / FLAG_STEPS), (None, None))
     zeros: Sequence[Tensor | None] = [None] * count
-    if spec.affine:
-        zeros = digits(torch.from_numpy(zero).reshape(units.shape).to(torch.int32), count)
+    if affine:
+        zeros = digits(torch.from_numpy(own[3]).to(torch.int32), count)
     scales = [units * float(PLANE_BASE ** (count - 1 - p)) for p in range(count - 1)] + [units]
-    return Quantized(tuple(Plane(*parts) for parts in zip(planes.unbind(), scales, zeros, strict=True)), axis)
+    return _Map(tuple(own), tuple(scales), tuple(zeros))
+
+
+@lru_cache(maxsize=1024)
+def _map_of_tensor(clip_values: tuple[float, ...], bits: int, affine: bool) -> _Map:
+    """The map of all elements; clip values stay the same from one refresh to the next."""
+    with torch.inference_mode(False):  # a validation may come first, and autograd cannot save its tensors
+        m = _map_of(np.array(clip_values, np.float32), bits, affine)
+        scales = tuple(s.reshape(()) for s in m.scales)
+        zeros = tuple(None if z is None else z.reshape(()) for z in m.zeros)
+    return _Map(tuple(v[0] for v in m.own), scales, zeros)
 
 
 @compiled
@@ -102,13 +138,12 @@ def _map(clip_value, largest, affine):
     return maps
 
 
-def _quantize(source: Tensor, own: Any, spec: OperandSpec, axis: int | None, keys: np.ndarray, planes: Tensor) -> int:
-    """Fill ``planes``; return the bits of the largest magnitude, above ``_INFINITY`` where there is a NaN.
+def _quantize(source: Tensor, own: Any, spec: OperandSpec, axis: int | None, keys: np.ndarray, out: np.ndarray) -> int:
+    """Fill the planes ``out``; return the bits of the largest magnitude, above ``_INFINITY`` where there is a NaN.
 
     ``own`` is low, high, inverse and zero: numbers, or one for each channel.
     """
     values = as_array(source)
-    out = planes.view(len(planes), -1).numpy()
     largest = np.float32(largest_integer(spec.bits))
     rest = (largest, spec.rounding == "stochastic", spec.bits == FLAG_BITS, keys)
     by_rows = axis == 0 and values.size >= _SHORT_ROW * len(source)
@@ -134,27 +169,31 @@ def _quantize(source: Tensor, own: Any, spec: OperandSpec, axis: int | None, key
     return max(split(work, values.size // unit, -(-SMALLEST_PIECE // unit)))
 
 
-def _quantize_expression(expression: Expression, own: Any, spec: OperandSpec, keys: np.ndarray, planes: Tensor) -> int:
+def _quantize_expression(expression: Expression, own: Any, spec: OperandSpec, keys: np.ndarray, out: np.ndarray) -> int:
     """``_quantize`` of elements that are computed on the way, one scale for all or one per channel."""
     values = empty(*expression.shape, dtype=expression.dtype) if expression.kept else None
     source = source_of(expression, values)
-    channels, count = expression.shape[-1], planes[0].numel()
+    channels, count = expression.shape[-1], out.shape[1]
     block = block_of(channels)
-    out = planes.view(len(planes), -1).numpy()
     largest, stochastic = np.float32(largest_integer(spec.bits)), spec.rounding == "stochastic"
     if len(out) > 1 and isinstance(own[0], np.ndarray):
         own = tuple(np.tile(v, block // channels) for v in own)
 
-    def work(first: int, last: int) -> int:
-        if len(out) > 1:
-            return _segment(source, first, last, *own, largest, stochastic, spec.bits == FLAG_BITS, keys, block, out)
+    if len(out) > 1:
+        rest = (largest, stochastic, spec.bits == FLAG_BITS, keys, block, out)
+        tops = split_blocks(lambda first, last: _segment(source, first, last, *own, *rest), count, block)
+    else:
         rounding = (*own[:3], own[3] if spec.affine else None, stochastic, keys, out[0])
-        return walk(source, first, last, block, new_buffers(source, block), rounding, None)
-
-    top = max(split_blocks(work, count, block))
+        if expression.summed:
+            nothing = nothing_to_multiply(expression)
+            found = split_blocks(lambda *ends: product_sums(source, *ends, block, *nothing, rounding), count, block)
+            expression.summed_up(of_channels([sums for sums, _ in found], channels)[0])
+            tops = [top for _, top in found]
+        else:
+            tops = split_blocks(lambda *ends: round_all(source, *ends, block, rounding), count, block)
     if values is not None:
         expression.computed(values)
-    return top
+    return max(tops)
 
 
 @compiled
