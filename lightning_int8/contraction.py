@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_int8.backends import Backend, Counts, backend_for
+from lightning_int8.backends.base import Request
 from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES
 from lightning_int8.backends.cpu.expression import Expression, Term
 from lightning_int8.backends.form import Form
@@ -17,6 +18,7 @@ from lightning_int8.fusion import Deferred
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.layer_call import LayerCall, extent
 from lightning_int8.layer_times import LayerTimes
+from lightning_int8.magnitudes import STATISTICS, BothAxes, Statistics
 from lightning_int8.numerics import Quantized
 from lightning_int8.operand import Operand, make_operands
 from lightning_int8.policies import BitWidthRule, DeviationFactor
@@ -167,7 +169,10 @@ class _Contraction(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             source, w = _canonical(x, geometry, backend), _canonical(weight, geometry, backend)
             qx = planes.of(operands["output.lhs"], source, keys)
-            qw = planes.of(operands["output.rhs"], w, keys)
+            if needs_x:
+                qw, saved_w = planes.of_both(operands["output.rhs"], operands["grad_input.rhs"], w, keys)
+            else:
+                qw, saved_w = planes.of(operands["output.rhs"], w, keys), None
             moments = None
             if defers and training and bias is None and geometry is not None and geometry.groups == 1:
                 # A convolution without a bias is mostly one before a batch norm. Grouped ones have faster routes than
@@ -175,7 +180,6 @@ class _Contraction(torch.autograd.Function):
                 moments = torch.full((2, len(weight)), torch.nan, dtype=torch.float64)
             form = Form(dtype, None if bias is None else bias.float(), moments)
             y = backend.output(qx, qw, geometry, state.counts, form)
-            saved_w = planes.of(operands["grad_input.rhs"], w, keys) if needs_x else None
             saved_x = planes.of(operands["grad_weight.rhs"], source, keys) if needs_w else None
 
         # The gradient comes once, to the recomputed graph (reentrant checkpointing) or to the first one.
@@ -243,8 +247,25 @@ class _Planes:
 
     def of(self, operand: Operand, tensor: Tensor | Expression, keys: dict[Operand, Tensor]) -> Quantized:
         if operand not in self._made:
-            self._made[operand] = operand.quantize(tensor, keys[operand], self._backend, self._update)
+            request = self._request(operand, tensor, keys, self._backend.statistics)
+            self._made[operand] = self._backend.quantize(tensor, *request)
         return self._made[operand]
+
+    def of_both(
+        self, first: Operand, second: Operand, tensor: Tensor | Expression, keys: dict[Operand, Tensor]
+    ) -> tuple[Quantized, Quantized]:
+        if first is second or first in self._made or second in self._made:
+            return self.of(first, tensor, keys), self.of(second, tensor, keys)
+        statistics = self._backend.statistics
+        shared = BothAxes(tensor) if statistics is STATISTICS and isinstance(tensor, Tensor) else statistics
+        requests = [self._request(operand, tensor, keys, shared) for operand in (first, second)]
+        self._made[first], self._made[second] = self._backend.quantize_both(tensor, *requests)
+        return self._made[first], self._made[second]
+
+    def _request(
+        self, operand: Operand, tensor: Tensor | Expression, keys: dict[Operand, Tensor], statistics: Statistics
+    ) -> Request:
+        return operand.request(tensor, keys[operand], self._backend, self._update, statistics)
 
 
 def _save(ctx: Any, *quantized: Quantized | None) -> None:

@@ -44,6 +44,13 @@ def absmax(x: Tensor, axis: int | None) -> Tensor:
     return torch.from_numpy(largest).view(torch.float32).reshape(shape)
 
 
+def absmax_of_both(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``absmax`` along axis 0 and along axis -1."""
+    patterns = x.detach().view(torch.int32).view(x.shape[0], -1, x.shape[-1]).numpy()
+    rows, columns = _largest_of_both(patterns)
+    return torch.from_numpy(rows), torch.from_numpy(columns)
+
+
 # As integers, the patterns of magnitudes are in the order of magnitudes, and what is no number is largest.
 
 
@@ -69,6 +76,17 @@ def _largest_of_columns(patterns):
     for r in range(patterns.shape[0]):
         _take_larger(patterns[r], largest)
     return largest
+
+
+@_jit
+def _largest_of_both(patterns):
+    rows, columns = np.empty(patterns.shape[0], np.int32), np.zeros(patterns.shape[2], np.int32)
+    for r in range(patterns.shape[0]):
+        rows[r] = 0
+        for k in range(patterns.shape[1]):
+            rows[r] = max(rows[r], _largest(patterns[r, k]))
+            _take_larger(patterns[r, k], columns)
+    return rows.view(np.float32), columns.view(np.float32)
 
 
 @_jit

@@ -31,8 +31,8 @@ class Statistics:
 
     def absmax(self, x: Tensor, axis: int | None) -> Tensor:
         """Largest magnitude, see ``numerics.absmax``."""
-        fused = _fused(x.device.type) if x.dtype == torch.float32 and x.dim() > 1 else None
-        if fused is not None and x.is_contiguous() and x.numel() > 0:
+        fused = _fused(x.device.type) if _is_walked(x) else None
+        if fused is not None:
             return fused.absmax(x, axis)
         return numerics.absmax(x, axis)
 
@@ -77,6 +77,32 @@ class Statistics:
         others = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
         sigma = values.double().std(others, correction=0, keepdim=True).float()
         return self.absmax(x, axis), (values.abs() > sigma).float().mean(others)
+
+
+class BothAxes(Statistics):
+    """``STATISTICS`` of a weight whose maxima are wanted along axis 0 and along axis -1: one pass finds both.
+
+    Args:
+        x: The weight.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._largest: tuple[Tensor, Tensor] | None = None
+
+    def absmax(self, x: Tensor, axis: int | None) -> Tensor:
+        """See ``Statistics.absmax``."""
+        fused = _fused(x.device.type) if x is self._x and axis in (0, -1) and _is_walked(x) else None
+        if fused is None:
+            return super().absmax(x, axis)
+        if self._largest is None:
+            self._largest = fused.absmax_of_both(x)
+        of_rows, of_columns = self._largest
+        return of_rows if axis == 0 else of_columns
+
+
+def _is_walked(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.dim() > 1 and x.is_contiguous() and x.numel() > 0
 
 
 STATISTICS = Statistics()

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_int8.backends import Backend
+from lightning_int8.backends.base import Request
 from lightning_int8.backends.cpu.expression import Expression, values_of
 from lightning_int8.bit_width import AdaptiveWidth
 from lightning_int8.clock import Clock
+from lightning_int8.magnitudes import Statistics
 from lightning_int8.measures import QuantizationError
-from lightning_int8.numerics import Quantized, affine_map
+from lightning_int8.numerics import affine_map
 from lightning_int8.policies import WIDTHS, BitWidthRule
 from lightning_int8.spec import CHANNEL_AXIS, CONTRACTIONS, OPERANDS, OperandSpec, Recipe
 
@@ -82,23 +84,28 @@ class Operand:
             self.key[2:].add_(1)
         return self.key.clone()
 
-    def quantize(self, x: Tensor | Expression, key: Tensor, backend: Backend, update: bool) -> Quantized:
-        """Planes of ``x``.
+    def request(
+        self, x: Tensor | Expression, key: Tensor, backend: Backend, update: bool, statistics: Statistics
+    ) -> Request:
+        """What planes of ``x`` to ask a backend for.
 
         Args:
             x: Canonical order; an expression only for a backend that fuses.
             key: What ``draw`` gave for this call.
             backend: Computes the planes.
             update: Whether this call is part of training, hence may refresh the clip value.
+            statistics: What measures ``x``, if it is to be measured.
         """
-        clip_value = self._current_clip_value(x, backend, update)
+        clip_value = self._current_clip_value(x, backend, update, statistics)
         spec = self.spec if self.bits == self.spec.bits else replace(self.spec, bits=self.bits)
         if update and self._clock.monitored:
             values = values_of(x)
             self.error = backend.quantization_error(values, [clip_value], [self.bits], spec.affine, self.axis)
-        return backend.quantize(x, clip_value, spec, self.axis, key)
+        return Request(clip_value, spec, self.axis, key)
 
-    def _current_clip_value(self, x: Tensor | Expression, backend: Backend, update: bool) -> Tensor:
+    def _current_clip_value(
+        self, x: Tensor | Expression, backend: Backend, update: bool, statistics: Statistics
+    ) -> Tensor:
         if self.clip_value is not None and self.clip_value.device != x.device:
             self.clip_value = self.clip_value.to(x.device)
         if not self._due(update):
@@ -110,7 +117,7 @@ class Operand:
         previous = None if previous is None else previous.to(x.device)
         adjusts = update and self.width is not None and self.width.is_due(self._clock.steps)
         widths = WIDTHS if adjusts else (self.bits,)
-        candidates = [self._measure(x, previous, bits, backend) for bits in widths]
+        candidates = [self._measure(x, previous, bits, statistics) for bits in widths]
         measured = candidates[widths.index(self.bits)]
         if again and self.tensor != "w" and update:
             # Another micro-batch, or a layer used twice: one range for all that the step brings.
@@ -172,8 +179,8 @@ class Operand:
         at_interval = self._keeps_interval and self.tensor != "w"  # weights are the same on all ranks
         return at_interval and step - self._clock.last_due(self.spec.range.every, step) in late
 
-    def _measure(self, x: Tensor, previous: Tensor | None, bits: int, backend: Backend) -> Tensor:
-        rule, statistics = self.spec.range, backend.statistics
+    def _measure(self, x: Tensor, previous: Tensor | None, bits: int, statistics: Statistics) -> Tensor:
+        rule = self.spec.range
         if not self.spec.affine:
             return rule.clip_value(x, self.axis, previous, bits, statistics)
         parts = (x.clamp(max=0), x.clamp(min=0))

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from lightning_int8 import numerics, ranges
 from lightning_int8.backends import load, onednn
+from lightning_int8.backends.base import Request
 from lightning_int8.generator import random_bits
+from lightning_int8.magnitudes import BothAxes
 from lightning_int8.measures import quantization_error
 from lightning_int8.numerics import MIN_CLIP_VALUE, TRUTH_TABLE, absmax, dequantize, from_integers, largest_integer
 from lightning_int8.policies import WIDTHS
@@ -376,6 +378,38 @@ def quantizations(draw):
 def test_the_fused_pass_gives_the_bits_of_the_definition(case):
     x, clip_value, options = case
     assert_bit_equal(fused(x, clip_value, **options), eager(x, clip_value, **options))
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_a_weight_is_measured_and_rounded_along_both_axes_at_once(data):
+    shape = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 4), st.sampled_from([1, 3, 16, 63, 64, 65, 200])))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    x = torch.randn(shape) * 10.0 ** data.draw(st.integers(-40, 30))
+    special = SPECIAL + (NOT_FINITE if data.draw(st.booleans()) else ())
+    for value in data.draw(st.lists(st.sampled_from(special), max_size=4)):
+        x.view(-1)[data.draw(st.integers(0, x.numel() - 1))] = value
+    statistics, requests = BothAxes(x), []
+    for axis in (0, -1):
+        clip_value = statistics.absmax(x, axis)
+        assert same(clip_value, absmax(x, axis))
+        requests.append(Request(clip_value * data.draw(st.sampled_from([1.0, 0.3])), OperandSpec(), axis, KEY))
+    for made, request in zip(load("onednn").quantize_both(x, *requests), requests, strict=True):
+        assert_bit_equal(made, eager(x, request.clip_value, axis=request.axis))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_both_planes_of_a_weight_take_one_walk(threads, monkeypatch):
+    pytest.importorskip("numba")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(onednn, "QUANTIZE", None)  # what walks once for each plane
+    monkeypatch.setattr(numerics, "quantize", lambda *_, **__: pytest.fail("quantized by itself"))
+    x = torch.randn(300, 3, 3, 70)
+    specs = [OperandSpec(), OperandSpec(), OperandSpec(rounding="stochastic")]
+    requests = [Request(absmax(x, a), s, a, KEY) for a, s in zip((0, -1, -1), specs, strict=True)]
+    assert [q.axis for q in load("onednn").quantize_both(x, *requests[:2])] == [0, -1]
+    with pytest.raises(pytest.fail.Exception):
+        load("onednn").quantize_both(x, requests[0], requests[2])
 
 
 @pytest.mark.parametrize("axis", [0, -1])

@@ -6,6 +6,7 @@ from machines import Machine
 
 from lightning_int8 import backends, ranges
 from lightning_int8.clock import Clock
+from lightning_int8.magnitudes import STATISTICS
 from lightning_int8.operand import Operand
 from lightning_int8.spec import OperandSpec
 
@@ -18,7 +19,8 @@ def operand(tensor="w", **rule):
 def quantize(made, x, update=True):
     """The scale of one call."""
     key = made.draw(update, x.device)
-    return made.quantize(x, key, backends.load("onednn"), update).planes[0].scale
+    backend = backends.load("onednn")
+    return backend.quantize(x, *made.request(x, key, backend, update, STATISTICS)).planes[0].scale
 
 
 # --- the key -------------------------------------------------------------------------------------------------------
@@ -52,7 +54,7 @@ def test_ranges_of_weights_are_decided_without_the_host(rule):
     quantize(made, torch.full((4,), 8.0))
     made._clock.steps = 1
     with machine.no_waits():
-        measured = made._current_clip_value(torch.full((4,), 4.0), backends.load("reference"), update=True)
+        measured = made._current_clip_value(torch.full((4,), 4.0), backends.load("reference"), True, STATISTICS)
     assert measured == {"absmax": 4.0, "ema_absmax": 6.0}[rule["name"]]
 
 

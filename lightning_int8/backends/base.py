@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ class Counts(Counter):
     def of(self, contraction: str, backend: str | None = None) -> int:
         """Number of executions of ``contraction``, by every backend or by one."""
         return sum(n for (b, c), n in self.items() if c == contraction and backend in (None, b))
+
+
+class Request(NamedTuple):
+    """What ``Backend.quantize`` takes besides the tensor."""
+
+    clip_value: Tensor
+    spec: OperandSpec
+    axis: int | None
+    key: Tensor
 
 
 class Backend(ABC):
@@ -82,6 +91,10 @@ class Backend(ABC):
             stochastic=spec.rounding == "stochastic",
             key=key,
         )
+
+    def quantize_both(self, x: Tensor | Expression, first: Request, second: Request) -> tuple[Quantized, Quantized]:
+        """``quantize`` for two operands, in one walk where that pays."""
+        return self.quantize(x, *first), self.quantize(x, *second)
 
     def quantization_error(
         self, x: Tensor, clip_values: Sequence[Tensor], bits: Sequence[int], affine: bool, axis: int | None

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_int8.backends import int_matmul
-from lightning_int8.backends.base import Backend, Counts, output_scales
+from lightning_int8.backends.base import Backend, Counts, Request, output_scales
 from lightning_int8.backends.cpu.choice import Choice
 from lightning_int8.backends.cpu.choice_file import ChoiceFile
 from lightning_int8.backends.cpu.depthwise_route import Depthwise
@@ -28,6 +29,9 @@ from lightning_int8.spec import OperandSpec
 
 QUANTIZE = compiled_pass("quantize")
 """The compiled quantization, or None where numba cannot be imported."""
+
+BOTH_AXES = compiled_pass("both_axes")
+"""The compiled quantization of weights along two axes, or None."""
 
 MEASURES = compiled_pass("measures")
 """The compiled measurement of quantization errors, or None."""
@@ -78,6 +82,15 @@ class OneDNN(Backend):
         if QUANTIZE is None:
             return super().quantize(x, clip_value, spec, axis, key)
         return QUANTIZE.quantize(x, clip_value, spec, axis, key)
+
+    def quantize_both(self, x: Tensor | Expression, first: Request, second: Request) -> tuple[Quantized, Quantized]:
+        """See ``Backend.quantize_both``."""
+        plain = isinstance(x, Tensor) and x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0
+        if BOTH_AXES is None or not plain or (first.axis, second.axis) != (0, -1):
+            return super().quantize_both(x, first, second)
+        if any(r.spec.bits != 8 or r.spec.affine or r.spec.rounding != "nearest" for r in (first, second)):
+            return super().quantize_both(x, first, second)
+        return BOTH_AXES.quantize_both(x, first.clip_value, second.clip_value)
 
     def quantization_error(
         self, x: Tensor, clip_values: Sequence[Tensor], bits: Sequence[int], affine: bool, axis: int | None

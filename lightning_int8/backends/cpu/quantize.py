@@ -44,7 +44,7 @@ _NO_KEYS = np.zeros(2, np.uint32)
 _INFINITY = 0x7F800000  # bits of the smallest magnitude that is not finite
 
 
-class _Map(NamedTuple):
+class Map(NamedTuple):
     """``numerics.affine_map`` as compiled passes take it, and what it says of the planes.
 
     Attributes:
@@ -65,7 +65,7 @@ def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis
         clip_values = tuple(clip_value.tolist()) if spec.affine else (clip_value.item(),)
         m = _map_of_tensor(clip_values, spec.bits, spec.affine)
     else:
-        m = _map_of(as_array(clip_value.to(torch.float32).contiguous()), spec.bits, spec.affine)
+        m = map_of(as_array(clip_value.to(torch.float32).contiguous()), spec.bits, spec.affine)
     count = plane_count(spec.bits)
     planes: Sequence[Tensor]
     if count == 1:
@@ -86,33 +86,38 @@ def quantize(x: Tensor | Expression, clip_value: Tensor, spec: OperandSpec, axis
         top = _quantize_expression(x, m.own, spec, keys, out)
     else:
         top = _quantize(x, m.own, spec, map_axis, keys, out)
+    return quantized(planes, m, top, axis)
+
+
+def quantized(planes: Sequence[Tensor], m: Map, top: int, axis: int | None) -> Quantized:
+    """Planes with scales; ``top`` are the bits of the largest magnitude, which shows if it is no number."""
     scales = m.scales
     if top >= _INFINITY:
         scales = tuple(torch.full_like(s, torch.nan) for s in scales)
     return Quantized(tuple(Plane(*parts) for parts in zip(planes, scales, m.zeros, strict=True)), axis)
 
 
-def _map_of(clip_values: np.ndarray, bits: int, affine: bool) -> _Map:
+def map_of(clip_values: np.ndarray, bits: int, affine: bool) -> Map:
     """The map for each channel; the integers themselves become planes as in ``numerics.from_integers``."""
     *own, scale = _map(clip_values, np.float32(largest_integer(bits)), affine)
     count, units = plane_count(bits), torch.from_numpy(scale)
     if bits == FLAG_BITS:
-        return _Map(tuple(own), (units, units / FLAG_STEPS), (None, None))
+        return Map(tuple(own), (units, units / FLAG_STEPS), (None, None))
     zeros: Sequence[Tensor | None] = [None] * count
     if affine:
         zeros = digits(torch.from_numpy(own[3]).to(torch.int32), count)
     scales = [units * float(PLANE_BASE ** (count - 1 - p)) for p in range(count - 1)] + [units]
-    return _Map(tuple(own), tuple(scales), tuple(zeros))
+    return Map(tuple(own), tuple(scales), tuple(zeros))
 
 
 @lru_cache(maxsize=1024)
-def _map_of_tensor(clip_values: tuple[float, ...], bits: int, affine: bool) -> _Map:
+def _map_of_tensor(clip_values: tuple[float, ...], bits: int, affine: bool) -> Map:
     """The map of all elements; clip values stay the same from one refresh to the next."""
     with torch.inference_mode(False):  # a validation may come first, and autograd cannot save its tensors
-        m = _map_of(np.array(clip_values, np.float32), bits, affine)
+        m = map_of(np.array(clip_values, np.float32), bits, affine)
         scales = tuple(s.reshape(()) for s in m.scales)
         zeros = tuple(None if z is None else z.reshape(()) for z in m.zeros)
-    return _Map(tuple(v[0] for v in m.own), scales, zeros)
+    return Map(tuple(v[0] for v in m.own), scales, zeros)
 
 
 @compiled
