@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_int8.backends import Backend, Counts, backend_for
-from lightning_int8.backends.base import Request
 from lightning_int8.backends.cpu.arrays import FLOAT_DTYPES
 from lightning_int8.backends.cpu.expression import Expression, Term
 from lightning_int8.backends.form import Form
@@ -18,9 +17,8 @@ from lightning_int8.fusion import Deferred
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.layer_call import LayerCall, extent
 from lightning_int8.layer_times import LayerTimes
-from lightning_int8.magnitudes import STATISTICS, BothAxes, Statistics
-from lightning_int8.numerics import Quantized
 from lightning_int8.operand import Operand, make_operands
+from lightning_int8.planes import Planes, packed, unpacked
 from lightning_int8.policies import BitWidthRule, DeviationFactor
 from lightning_int8.spec import Recipe
 
@@ -154,7 +152,7 @@ class _Contraction(torch.autograd.Function):
         backend, operands = backend_for(x, state.backend), state.operands
         # A forward inside a backward is the recomputation of a checkpointed segment: same draw, nothing updated.
         fresh = training and torch._C._current_graph_task_id() == -1
-        planes = _Planes(backend, update=fresh)
+        planes = Planes(backend, update=fresh)
         if fresh and state.clock.order is not None and state.name not in state.clock.order:
             state.clock.order.append(state.name)
         needs_x, needs_w = (differentiable and needed for needed in ctx.needs_input_grad[:2])
@@ -184,7 +182,8 @@ class _Contraction(torch.autograd.Function):
 
         # The gradient comes once, to the recomputed graph (reentrant checkpointing) or to the first one.
         ctx.state, ctx.geometry, ctx.keys, ctx.update = state, geometry, keys, training
-        _save(ctx, saved_w, saved_x)
+        ctx.layout, tensors = packed(saved_w, saved_x)
+        ctx.save_for_backward(*tensors)
         if geometry is None:
             return y
         if defers:
@@ -204,8 +203,8 @@ class _Contraction(torch.autograd.Function):
                 f"INT8 contractions; keep the layer in float with skip=({state.name!r},)"
             )
         backend, operands = backend_for(grad_output, state.backend), state.operands
-        planes = _Planes(backend, update=ctx.update)
-        saved_w, saved_x = _saved(ctx)
+        planes = Planes(backend, update=ctx.update)
+        saved_w, saved_x = unpacked(ctx.layout, ctx.saved_tensors)
         x_dtype, w_dtype, bias_dtype = ctx.dtypes
         grad_x = grad_w = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
@@ -235,61 +234,6 @@ def _canonical(t: Tensor, geometry: ConvGeometry | None, backend: Backend) -> Te
 
 def _channel_sums(g: Tensor | Expression) -> Tensor:
     return g.channel_sums() if isinstance(g, Expression) else g.float().flatten(0, -2).sum(0)
-
-
-class _Planes:
-    """Planes of the operands of one pass, each computed once."""
-
-    def __init__(self, backend: Backend, update: bool) -> None:
-        self._backend = backend
-        self._update = update
-        self._made: dict[Operand, Quantized] = {}
-
-    def of(self, operand: Operand, tensor: Tensor | Expression, keys: dict[Operand, Tensor]) -> Quantized:
-        if operand not in self._made:
-            request = self._request(operand, tensor, keys, self._backend.statistics)
-            self._made[operand] = self._backend.quantize(tensor, *request)
-        return self._made[operand]
-
-    def of_both(
-        self, first: Operand, second: Operand, tensor: Tensor | Expression, keys: dict[Operand, Tensor]
-    ) -> tuple[Quantized, Quantized]:
-        if first is second or first in self._made or second in self._made:
-            return self.of(first, tensor, keys), self.of(second, tensor, keys)
-        statistics = self._backend.statistics
-        shared = BothAxes(tensor) if statistics is STATISTICS and isinstance(tensor, Tensor) else statistics
-        requests = [self._request(operand, tensor, keys, shared) for operand in (first, second)]
-        self._made[first], self._made[second] = self._backend.quantize_both(tensor, *requests)
-        return self._made[first], self._made[second]
-
-    def _request(
-        self, operand: Operand, tensor: Tensor | Expression, keys: dict[Operand, Tensor], statistics: Statistics
-    ) -> Request:
-        return operand.request(tensor, keys[operand], self._backend, self._update, statistics)
-
-
-def _save(ctx: Any, *quantized: Quantized | None) -> None:
-    """Save planes, not floats, for backward."""
-    tensors: list[Tensor | None] = []
-    ctx.layout = []
-    for q in quantized:
-        parts = [] if q is None else q.tensors()
-        ctx.layout.append(None if q is None else (len(parts), q.axis))
-        tensors += parts
-    ctx.save_for_backward(*tensors)
-
-
-def _saved(ctx: Any) -> list[Quantized | None]:
-    tensors = list(ctx.saved_tensors)
-    out: list[Quantized | None] = []
-    for entry in ctx.layout:
-        if entry is None:
-            out.append(None)
-            continue
-        count, axis = entry
-        out.append(Quantized.from_tensors(tensors[:count], axis))
-        tensors = tensors[count:]
-    return out
 
 
 def _output_dtype(x: Tensor) -> torch.dtype:
