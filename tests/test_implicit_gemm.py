@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from itertools import pairwise
-from math import prod
 
 import numpy as np
 import pytest
@@ -63,44 +62,51 @@ def test_panels_hold_every_weight_where_the_product_reads_it(columns, rows, taps
 @examples
 @given(
     st.integers(1, 9),
-    st.lists(st.tuples(st.integers(1, 7), st.integers(-1, 2), st.integers(-1, 2)), min_size=1, max_size=3),
-    st.integers(1, 20),
+    st.lists(st.tuples(st.integers(1, 7), st.integers(-1, 2), st.integers(-1, 2)), min_size=0, max_size=3),
+    st.one_of(st.integers(1, 20), st.integers(60, 140)),
     st.integers(-127, 127),
-    st.integers(0, 3),
+    st.integers(1, 3),
 )
-def test_samples_are_padded_and_lie_four_by_four(samples, axes, channels, fill, more):
-    axes = [(n, lo, hi) for n, lo, hi in axes if n + lo + hi > 0 and n + min(lo, 0) + min(hi, 0) > 0] or [(3, 1, 0)]
+def test_samples_are_padded_and_lie_four_by_four(samples, axes, channels, fill, stride):
+    axes = [(n, lo, hi) for n, lo, hi in axes if n + lo + hi > 0 and n + min(lo, 0) + min(hi, 0) > 0]
     x = bytes_of((samples, *(n for n, _, _ in axes), channels))
-    packed = panels.of_samples(x, [(lo, hi) for _, lo, hi in axes], fill, more)
+    width = panels.slab_width(channels)
+    packed = panels.of_samples(x, [(lo, hi) for _, lo, hi in axes], fill, width, stride)
     pads = [n for _, lo, hi in reversed(axes) for n in (lo, hi)]
+    fours, slabs = -(-samples // 4), -(-channels // width)
     padded = torch.nn.functional.pad(x, (0, 0, *pads), value=fill)
-    count = prod(padded.shape[1:])
-    fours = -(-samples // 4)
-    quads = packed.view(np.int8).reshape(-1, 4)
-    by_sample = quads[: fours * count].reshape(fours, count, 4).transpose(0, 2, 1).reshape(-1, count)
-    assert (by_sample[:samples] == padded.reshape(samples, -1).numpy()).all()
-    assert not by_sample[samples:].any()
-    assert not quads[fours * count : fours * count + more * channels].any()
+    padded = torch.nn.functional.pad(padded, (0, 0) * (x.dim() - 1) + (0, -samples % 4))
+    quads = packed.view(np.int8)[: -panels.LANES * 4]
+    if axes:
+        length = padded.shape[-2]
+        whole = -(-length // stride)
+        got = quads.reshape(slabs, fours, -1, stride, whole, width, 4).transpose(0, 1, 6, 2, 4, 3, 5)
+        got = got.reshape(slabs, fours * 4, -1, whole * stride, width)[:, :, :, :length]
+    else:
+        got = quads.reshape(slabs, fours, width, 4).transpose(0, 1, 3, 2)
+        got = got.reshape(slabs, fours * 4, width)
+    for slab in range(slabs):
+        expected = padded[..., slab * width : (slab + 1) * width].numpy()
+        own = got[slab, ..., : expected.shape[-1]]
+        assert (own == expected.reshape(own.shape)).all()
 
 
 @examples
-@given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 40), st.data())
+@given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 140), st.data())
 def test_gradients_are_unsigned_and_ones_lie_behind_each_part(samples, positions, row, data):
-    first = data.draw(st.integers(0, row - 1))
-    count = data.draw(st.integers(1, row - first))
-    channels = data.draw(st.integers(1, count))
+    channels = data.draw(st.integers(1, row))
     g = bytes_of((samples, positions, row))
-    packed, height = panels.of_gradient(g, first, count, channels, 0)
-    parts, fours = -(-count // channels), -(-samples // 4)
+    packed, height = panels.of_gradient(g, channels)
+    parts, fours = -(-row // channels), -(-samples // 4)
     assert height % 6 == 0
     assert height > channels
-    quads = packed.reshape(fours, positions, parts, height, 4)
+    quads = packed.reshape(parts, fours, positions, height, 4)
     for part in range(parts):
-        own = g[..., first + part * channels : first + min((part + 1) * channels, count)]
+        own = g[..., part * channels : min((part + 1) * channels, row)]
         width = own.shape[-1]
-        got = quads[:, :, part, :width].transpose(0, 3, 1, 2).reshape(-1, positions, width)[:samples]
+        got = quads[part, :, :, :width].transpose(0, 3, 1, 2).reshape(-1, positions, width)[:samples]
         assert (got.astype(int) == own.numpy().astype(int) + 128).all()
-        assert (quads[:, :, part, width:] == 1).all()
+        assert (quads[part, :, :, width:] == 1).all()
 
 
 # --- What is summed --------------------------------------------------------------------------------------------------

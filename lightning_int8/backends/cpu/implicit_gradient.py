@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_int8.backends.cpu import centre, implicit_gradient_gemm, panels
+from lightning_int8.backends.cpu import border, centre, implicit_gradient_gemm, panels
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
-from lightning_int8.backends.cpu.columns import window_tables
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets
 from lightning_int8.backends.cpu.implicit_conv import BLOCK_BYTES, SMALLEST_PIECE, pieces_of
 from lightning_int8.backends.cpu.microkernel import QUAD, ROWS, WIDTH
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.backends.cpu.threads import split
-from lightning_int8.backends.group_blocks import Block, blocks
+from lightning_int8.backends.group_blocks import blocks
 
 _MOST_CHANNELS = 384  # rows that share a panel
-_LONGEST_PIECE = 96  # positions, where pieces may be of any length
-_SUM_BYTES = 1 << 20  # sums of a matrix product that blocks of rows are added to
-_FEWEST_QUADS = 48  # of rows that are added to them at a time
+_FEWEST_CHANNELS = 32  # of x that get panels of their own; taps that lie side by side share those of fewer
+_PANEL_BYTES = 1 << 15  # of a panel that all rows are multiplied with: they stay in the first-level cache
+_SUM_BYTES = 1 << 20  # sums that block after block is added to: they stay in the second-level cache
+_FEWEST_QUADS = 48  # of a matrix product that are added to them at a time
 
 
 def grad_weight(
@@ -42,146 +41,172 @@ def grad_weight(
     """
     assert g.is_contiguous()
     assert x.is_contiguous()
-    channels, out_channels = x.shape[-1], g.shape[-1]
-    if correlation.is_pointwise and correlation.groups == 1:
-        return _grad_product(g.flatten(0, -2), x.flatten(0, -2), zero, scales, dtype)
-    shape = (*(n + lo + hi for n, (lo, hi) in zip(x.shape[1:-1], correlation.padding, strict=True)), channels)
-    positions = _positions(correlation, shape, -(-len(g) // QUAD))
-    padded = panels.of_samples(x, correlation.padding, 0 if zero is None else int(zero), positions.more)
+    is_product = all(n == 1 for n in correlation.taps) and not any(map(any, correlation.padding))
+    if is_product:
+        # Only the positions of x that have a window.
+        ends = [(n - 1) * step + 1 for n, step in zip(correlation.size, correlation.step, strict=True)]
+        x = x[(slice(None), *(slice(0, end, step) for end, step in zip(ends, correlation.step, strict=True)))]
     results = []
-    for block in blocks(correlation.groups, channels, out_channels):
-        table = _panel_table(correlation, shape, block.inputs.start, block.inputs.stop)
-        result = empty(block.out_count, int(table[:, 1].sum()), dtype=dtype)
-        own_scales = scales and scales._replace(left=block.out(scales.left))
-        taken_off, factors = _ends(g.flatten(0, -2)[:, block.outputs], zero, own_scales)
-        _sum_over_positions(g, padded, block, positions, table, factors, taken_off, as_array(result))
+    for block in blocks(correlation.groups, x.shape[-1], g.shape[-1]):
+        own_g, own_x = g[..., block.outputs].contiguous(), x[..., block.inputs].contiguous()
+        ends_of_sums = _ends(own_g, zero, scales and scales._replace(left=block.out(scales.left)))
+        if is_product:
+            result = _of_product(own_g, own_x, ends_of_sums, dtype)
+        else:
+            result = _of_windows(own_g, own_x, 0 if zero is None else int(zero), correlation, ends_of_sums, dtype)
         results.append(block.diagonal(result))
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
-def _ends(
-    g: Tensor, zero: Tensor | None, scales: Scales | None
-) -> tuple[np.ndarray, tuple[np.float32 | np.ndarray, np.float32]]:
-    """What to take off the sums of each channel of g ``(rows, channels)`` for the sake of a zero point, and scales."""
-    taken_off = np.zeros(g.shape[1], np.int32)
+class _Ends(NamedTuple):
+    """What becomes of the sums of each channel of g.
+
+    Attributes:
+        factors: Scales: left, a number or one for each channel, and right.
+        taken_off: int32, what to take off for the sake of a zero point.
+    """
+
+    factors: tuple[np.float32 | np.ndarray, np.float32]
+    taken_off: np.ndarray
+
+
+def _ends(g: Tensor, zero: Tensor | None, scales: Scales | None) -> _Ends:
+    taken_off = np.zeros(g.shape[-1], np.int32)
     if zero is not None:
-        taken_off = (centre.row_sums(g.t()) * zero).to(torch.int32).numpy()
+        taken_off = (centre.row_sums(g.flatten(0, -2).t()) * zero).to(torch.int32).numpy()
     if scales is None:
-        return taken_off, (np.float32(1), np.float32(1))
+        return _Ends((np.float32(1), np.float32(1)), taken_off)
     left = scales.left
     own = np.float32(left.item()) if left.dim() == 0 else left.contiguous().numpy()
-    return taken_off, (own, np.float32(scales.right.item()))
+    return _Ends((own, np.float32(scales.right.item())), taken_off)
 
 
-def _grad_product(g: Tensor, x: Tensor, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype) -> Tensor:
-    """``grad_weight`` of a matrix product, g ``(rows, Co)`` and x ``(rows, C)``."""
-    (rows, out_channels), channels = g.shape, x.shape[1]
-    taken_off, factors = _ends(g, zero, scales)
+def _of_product(g: Tensor, x: Tensor, ends: _Ends, dtype: torch.dtype) -> Tensor:
+    """``grad_weight`` of a matrix product, g ``(..., Co)`` and x ``(..., C)``."""
+    out_channels, channels = g.shape[-1], x.shape[-1]
+    rows, width, threads = g.numel() // out_channels, panels.slab_width(channels), torch.get_num_threads()
     result = empty(out_channels, channels, dtype=dtype)
-    table, threads = _columns(channels), torch.get_num_threads()
     # Sums of a part stay in cache, beside what is packed of some rows.
-    wanted = max(threads, -(-out_channels * len(table) * WIDTH * 4 // _SUM_BYTES))
+    wanted = max(threads, -(-out_channels * -(-channels // width) * WIDTH * 4 // _SUM_BYTES))
     own = -(-out_channels // min(wanted, out_channels))
     height = -(-(own + 1) // ROWS) * ROWS
-    at_once = max(_FEWEST_QUADS, BLOCK_BYTES // ((height + channels) * QUAD))
+    at_once = min(BLOCK_BYTES // ((height + channels) * QUAD), _PANEL_BYTES // (width * QUAD))
+    at_once = min(max(_FEWEST_QUADS, at_once), -(-rows // QUAD))
     operands = (g.reshape(-1).view(torch.uint8).numpy(), x.reshape(-1).view(torch.uint8).numpy(), rows)
-    how = ((out_channels, channels), min(at_once, -(-rows // QUAD)), table)
+    table = _panel_table(np.zeros(1, np.int64), channels, width, at_once * width * QUAD)
+    how = ((out_channels, channels, width), at_once, table)
     out = as_array(result)
 
     def work(first: int, last: int) -> None:
-        sums = np.empty(len(table) * height * WIDTH, np.int32)
+        sums = empty(len(table) * height * WIDTH, dtype=torch.int32).numpy()
         for channel in range(first * own, min(last * own, out_channels), own):
             part = (min(own, out_channels - channel), channel, height)
-            implicit_gradient_gemm.grad_product(*operands, *how, part, factors, taken_off, sums, out)
+            implicit_gradient_gemm.grad_product(*operands, *how, part, *ends, sums, out)
 
     split(work, -(-out_channels // own), -(-SMALLEST_PIECE // max(1, rows * channels * own)))
     return result
 
 
+def _panel_table(offsets: np.ndarray, run: int, width: int, distance: int) -> np.ndarray:
+    """Where each panel begins, its columns, and where they belong in a row; those of the same channels side by side.
+
+    Args:
+        offsets: int64, where each run of columns begins, in bytes.
+        run: Its columns.
+        width: Those of a panel.
+        distance: Of the panels of a run, in bytes.
+    """
+    columns = np.arange(0, run, width)[:, None]
+    begins = columns // width * distance + offsets
+    places = columns + np.arange(len(offsets)) * run
+    widths = np.broadcast_to(np.minimum(run - columns, width), places.shape)
+    return np.stack([column.reshape(-1) for column in (begins, widths, places)], axis=1)
+
+
+def _of_windows(g: Tensor, x: Tensor, fill: int, correlation: Correlation, ends: _Ends, dtype: torch.dtype) -> Tensor:
+    """``grad_weight`` of windows, outside of which x is ``fill``."""
+    fours, channels = -(-len(g) // QUAD), x.shape[-1]
+    shape = (*(n + lo + hi for n, (lo, hi) in zip(x.shape[1:-1], correlation.padding, strict=True)), channels)
+    windows = _windows(correlation, shape, fours)
+    if channels < _FEWEST_CHANNELS:
+        x = border.pad(x, correlation.padding, fill, False).flatten(-2)
+        quads = panels.of_samples(x, ((0, 0),) * (x.dim() - 2), fill, x.shape[-1], 1)
+    else:
+        quads = panels.of_samples(x, correlation.padding, fill, panels.slab_width(channels), correlation.step[-1])
+    result = empty(g.shape[-1], int(windows.table[:, 1].sum()), dtype=dtype)
+    _sum_over_positions(g, quads, windows, ends, as_array(result))
+    return result
+
+
+class _Windows(NamedTuple):
+    """The windows of four samples at a time, as pieces of equally distant ones.
+
+    Attributes:
+        begins: int64, where the first window of each piece begins, in bytes.
+        length: Windows of a piece.
+        step: Their distance in bytes.
+        table: See ``_panel_table``.
+    """
+
+    begins: np.ndarray
+    length: int
+    step: int
+    table: np.ndarray
+
+
 @lru_cache(maxsize=1024)
-def _columns(count: int) -> np.ndarray:
-    """The panels of rows of so many bytes, see ``_panel_table``."""
-    begins = np.arange(0, count, WIDTH)
-    return np.stack((begins * QUAD, np.minimum(count - begins, WIDTH), begins), axis=1)
+def _windows(correlation: Correlation, shape: tuple[int, ...], fours: int) -> _Windows:
+    """Windows of ``fours`` times four samples that are padded to ``shape``, as ``_of_windows`` packs them."""
+    *spatial, channels = shape
+    *taps, across = correlation.taps
+    *outer, length = correlation.size
+    stride, pitch, run = correlation.step[-1], panels.slab_width(channels), channels
+    if channels < _FEWEST_CHANNELS:
+        stride, pitch = 1, channels
+        if correlation.tap_step[-1] == 1:
+            across, run = 1, across * channels
+    strides = [pitch * QUAD]
+    for size in (panels.sorted_length(spatial[-1], stride), *reversed(spatial[:-1])):
+        strides.insert(0, strides[0] * size)
+    sample, *steps, position = strides
+    of_rows = grid_offsets(taps, [s * n for s, n in zip(steps, correlation.tap_step, strict=False)]).numpy()
+    in_row = panels.sorted_places(np.arange(across) * correlation.tap_step[-1], spatial[-1], stride) * position
+    offsets = (of_rows[:, None] + in_row).reshape(-1)
+    if channels < _FEWEST_CHANNELS:
+        width = panels.slab_width(run)
+        table = _panel_table(offsets, run, width, width * QUAD)
+    else:
+        table = _panel_table(offsets, run, pitch, fours * sample)
+    rows = grid_offsets(outer, [s * n for s, n in zip(steps, correlation.step, strict=False)]).numpy()
+    begins = (np.arange(fours)[:, None] * sample + rows).reshape(-1)
+    return _Windows(begins, length, correlation.step[-1] // stride * position, table)
 
 
-def _sum_over_positions(
-    g: Tensor,
-    padded: np.ndarray,
-    block: Block,
-    positions: _Positions,
-    table: np.ndarray,
-    factors: Any,
-    taken_off: np.ndarray,
-    out: np.ndarray,
-) -> None:
+def _sum_over_positions(g: Tensor, quads: np.ndarray, windows: _Windows, ends: _Ends, out: np.ndarray) -> None:
     """Write ``(channels of g, columns of the panels)``, flat."""
-    threads = torch.get_num_threads()
+    threads, table, out_channels = torch.get_num_threads(), windows.table, g.shape[-1]
     # As many parts of the channels as it takes to give every thread panels of its own, and to stay in cache.
-    wanted = max(-(-threads // len(table)), -(-block.out_count // _MOST_CHANNELS))
-    channels = -(-block.out_count // min(wanted, block.out_count))
-    parts = -(-block.out_count // channels)
-    left, height = panels.of_gradient(g, block.outputs.start, block.out_count, channels, positions.more)
-    left_step = parts * height * QUAD
-    pieces = pieces_of(positions.first * left_step, positions.windows)
-    at_once = max(1, BLOCK_BYTES // (positions.length * (height * QUAD + positions.step)))
-    group = max(1, min(-(-len(table) * parts // threads), BLOCK_BYTES // (height * WIDTH * out.itemsize)))
+    wanted = max(-(-threads // len(table)), -(-out_channels // _MOST_CHANNELS))
+    channels = -(-out_channels // min(wanted, out_channels))
+    parts = -(-out_channels // channels)
+    left, height = panels.of_gradient(g, channels)
+    left_step, count, length = height * QUAD, len(windows.begins), windows.length
+    pieces = pieces_of(np.arange(count) * length * left_step, windows.begins)
+    rounds = max(windows.step / _PANEL_BYTES, left_step / BLOCK_BYTES) * count * length
+    at_once = -(-count // max(1, round(rounds)))
+    groups = max(-(-threads // parts), -(-len(table) * height * WIDTH * 4 // _SUM_BYTES))
+    group = -(-len(table) // min(groups, len(table)))
     groups = -(-len(table) // group)
 
     def work(first: int, last: int) -> None:
-        sums = np.empty(group * height * WIDTH, np.int32)
+        sums = empty(group * height * WIDTH, dtype=torch.int32).numpy()
         for unit in range(first, last):
             part, own_panels = unit // groups, table[unit % groups * group :][:group]
             channel = part * channels
-            own_channels = (min(channels, block.out_count - channel), channel, height)
-            operands = (left, part * height * QUAD, left_step), (padded, positions.step)
-            rest = (own_panels, own_channels, factors, taken_off, sums, out)
-            implicit_gradient_gemm.grad_weight(*operands, pieces, positions.length, at_once, *rest)
+            own_channels = (min(channels, out_channels - channel), channel, height)
+            operands = (left, part * count * length * left_step, left_step), (quads, windows.step)
+            implicit_gradient_gemm.grad_weight(
+                *operands, pieces, length, at_once, own_panels, own_channels, *ends, sums, out
+            )
 
     split(work, groups * parts, -(-SMALLEST_PIECE // max(1, g.numel() * WIDTH * group)))
-
-
-@lru_cache(maxsize=1024)
-def _panel_table(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int) -> np.ndarray:
-    """Where each panel begins in quads of samples ``shape``, its columns, and where they belong in a row."""
-    _, runs, run = window_tables(correlation, shape, first, stop)
-    columns = np.arange(0, run, WIDTH)
-    begins = (runs[:, None] + columns).reshape(-1) * QUAD
-    places = (np.arange(len(runs))[:, None] * run + columns).reshape(-1)
-    return np.stack((begins, np.tile(np.minimum(run - columns, WIDTH), len(runs)), places), axis=1)
-
-
-class _Positions(NamedTuple):
-    """Positions of four samples at a time, as pieces of equally distant ones.
-
-    Attributes:
-        first: int64, the number of the first position of each piece.
-        windows: int64, where its window begins, in bytes of the quads of the padded samples.
-        length: Positions of a piece.
-        step: Distance of their windows in bytes.
-        more: Positions beyond the last ones that the pieces reach.
-    """
-
-    first: np.ndarray
-    windows: np.ndarray
-    length: int
-    step: int
-    more: int
-
-
-@lru_cache(maxsize=1024)
-def _positions(correlation: Correlation, shape: tuple[int, ...], fours: int) -> _Positions:
-    """Positions of ``fours`` times four samples that are padded to ``shape``."""
-    strides = [prod(shape[axis + 1 :]) * QUAD for axis in range(len(shape) - 1)]
-    if correlation.is_pointwise:
-        # All windows lie side by side: pieces of any length.
-        total = fours * correlation.positions
-        pieces = max(1, -(-total // _LONGEST_PIECE))
-        length, step = max(1, -(-total // pieces)), shape[-1] * QUAD
-        first = np.arange(pieces) * length
-        return _Positions(first, first * step, length, step, pieces * length - total)
-    *outer, length = correlation.size
-    *outer_steps, step = [s * n for s, n in zip(strides, correlation.step, strict=True)]
-    windows = grid_offsets(outer, outer_steps).numpy()
-    samples = np.arange(fours)[:, None] * (prod(shape) * QUAD)
-    return _Positions(np.arange(fours * len(windows)) * length, (samples + windows).reshape(-1), length, step, 0)

@@ -16,7 +16,7 @@ from lightning_int8.backends.cpu.compiler import at, compiled
 from lightning_int8.backends.cpu.implicit_gemm import UNSIGNED
 from lightning_int8.backends.cpu.llvm import constant, place_in, splat_of
 from lightning_int8.backends.cpu.microkernel import FLOATS, INTS, LANES, QUAD, ROWS, WIDTH, add_tile
-from lightning_int8.backends.cpu.panels import FLIP, NO_FLIP, interleave
+from lightning_int8.backends.cpu.panels import AT_ONCE, FLIP, NO_FLIP, interleave
 from lightning_int8.backends.cpu.tile_end import write_scaled
 
 
@@ -61,7 +61,7 @@ def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sum
         g: uint8, flat: the signed bytes of ``(rows, Co)``.
         x: uint8, flat: the signed bytes of ``(rows, C)``.
         rows: See above.
-        widths: (Co, C).
+        widths: (Co, C, columns of a panel).
         block: Quads of rows that are packed before they are multiplied: they stay in cache.
         panels: See ``grad_weight``.
         part: Likewise.
@@ -70,24 +70,24 @@ def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sum
         sums: Likewise.
         out: Likewise.
     """
-    out_channels, in_channels = widths
+    out_channels, in_channels, width = widths
     channels, channel, height = part
-    left, right = np.empty(block * height, np.uint32), np.empty(block * in_channels + WIDTH, np.uint32)
+    left, right = np.empty(block * height, np.uint32), np.empty(block * (in_channels + width), np.uint32)
     left_bytes, right_bytes = left.view(np.uint8), right.view(np.uint8)
     begins, pieces = np.zeros(1, np.int64), np.zeros(2, np.int64)
     sums[: panels.shape[0] * height * WIDTH] = 0
     for first in range(0, rows, block * QUAD):
         count = (min(block * QUAD, rows - first) + QUAD - 1) // QUAD
         own, others = g[first * out_channels + channel :], x[first * in_channels :]
-        there = begins, height, height - channels, 0, count
+        there = begins, height, height - channels, AT_ONCE, AT_ONCE, 0, count
         interleave(own, begins, out_channels, rows - first, FLIP, channels, left, *there)
-        there = begins, in_channels, 0, 0, count
+        there = begins, width, 0, width, block * width, 0, count
         interleave(others, begins, in_channels, rows - first, NO_FLIP, in_channels, right, *there)
         for j in range(panels.shape[0]):
             vectors = (panels[j, 1] + LANES - 1) // LANES
             for r in range(0, height, ROWS):
                 lhs = (left_bytes, r * QUAD, height * QUAD, pieces, 0, 1, count)
-                rhs = (right_bytes, panels[j, 0], in_channels * QUAD)
+                rhs = (right_bytes, panels[j, 0], width * QUAD)
                 add_tile(vectors, *lhs, *rhs, sums, (j * height + r) * WIDTH)
     _write_all(sums, panels, part, scales, taken_off, out)
 
@@ -97,13 +97,14 @@ def _write_all(sums, panels, part, scales, taken_off, out):
     """The end of ``grad_weight``: what is in ``sums`` of one part to ``out``."""
     channels, channel, height = part
     columns = out.size // taken_off.size
-    for j in range(panels.shape[0]):
-        begin, width = j * height * WIDTH, panels[j, 1]
-        for r in range(channels):
-            o, factor = (channel + r) * columns + panels[j, 2], at(scales[0], channel + r)
+    for r in range(channels):
+        # Row by row: what is written lies in one page.
+        row, off, factor = (channel + r) * columns, taken_off[channel + r], at(scales[0], channel + r)
+        for j in range(panels.shape[0]):
+            width, o = panels[j, 1], row + panels[j, 2]
+            s, ones = (j * height + r) * WIDTH, (j * height + channels) * WIDTH
             for c in range(0, width, LANES):
-                s, ones = begin + r * WIDTH + c, begin + channels * WIDTH + c
-                _write_sums(sums, s, ones, taken_off[channel + r], factor, scales[1], width - c, out, o + c)
+                _write_sums(sums, s + c, ones + c, off, factor, scales[1], width - c, out, o + c)
 
 
 @intrinsic

@@ -23,8 +23,10 @@ from lightning_int8.backends.cpu.llvm import load_lanes, place_in, splat_of, sto
 from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH
 from lightning_int8.backends.cpu.threads import split
 
-_AT_ONCE = 64  # bytes of each of four rows
-_BYTES, _QUADS = ir.VectorType(ir.IntType(8), _AT_ONCE), ir.VectorType(ir.IntType(32), _AT_ONCE)
+AT_ONCE = 64
+"""Bytes of each of four rows that are interleaved at a time."""
+
+_BYTES, _QUADS = ir.VectorType(ir.IntType(8), AT_ONCE), ir.VectorType(ir.IntType(32), AT_ONCE)
 
 _ONES = np.uint32(0x01010101)
 FLIP = np.uint32(0x80808080)
@@ -75,86 +77,94 @@ def _quads_of_rows(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[np
     return begins, np.arange(len(begins)) * WIDTH, extent
 
 
-def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, more: int) -> np.ndarray:
-    """Four samples at a time: ``(N / 4, *padded, C, QUAD)`` of int8 ``(N, *spatial, C)``, as uint8, flat.
+def slab_width(channels: int) -> int:
+    """Channels of a slab: whole vectors, no more than a panel's, and as many in each slab as may be."""
+    vectors = -(-channels // LANES)
+    return -(-vectors // -(-vectors * LANES // WIDTH)) * LANES
+
+
+def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, width: int, stride: int) -> np.ndarray:
+    """Four samples at a time: ``(slab, N / 4, *padded, width, QUAD)`` of int8 ``(N, *spatial, C)``, as uint8, flat.
+
+    What a tile reads of one slab after the other position lies side by side: in slabs of all channels it would lie a
+    power of two apart, all of it in few sets of the first-level cache.
 
     Args:
         x: See above; contiguous.
         padding: (before, after) per spatial axis; negative where the data are cropped.
         fill: int8 value of the border. Samples that fill up the last four are 0, borders too.
-        more: Positions of zeros that follow.
+        width: Channels of a slab; the last one is filled up by anything.
+        stride: See ``sorted_places``.
 
     Returns:
         The quads, behind which a whole vector can be read.
     """
-    samples, channels = x.shape[0], x.shape[-1]
-    spatial, pads = (tuple(x.shape[1:-1]), tuple(padding)) if x.dim() > 2 else ((1,), ((0, 0),))
-    fours, count = -(-samples // QUAD), channels * prod(n + lo + hi for n, (lo, hi) in zip(spatial, pads, strict=True))
-    out = empty((fours * count + more * channels + LANES) * QUAD, dtype=torch.uint8).numpy()
+    samples, *spatial, channels = x.shape
+    begins, places, borders = _positions(tuple(spatial), tuple(padding), stride)
+    size = prod(n + lo + hi for n, (lo, hi) in zip(spatial[:-1], padding[:-1], strict=True)) if spatial else 1
+    size *= sorted_length(spatial[-1] + sum(padding[-1]), stride) if spatial else 1
+    fours, slabs, step = -(-samples // QUAD), -(-channels // width), size * width
+    out = empty((slabs * fours * step + LANES) * QUAD, dtype=torch.uint8).numpy()
     quads = out.view(np.uint32)
-    quads[fours * count :] = 0
-    begins, places, kept, borders, lengths = _rows(spatial, pads, channels)
     flat = x.reshape(-1).view(torch.uint8).numpy()
-    work = partial(interleave, flat, begins, prod(x.shape[1:]), samples, NO_FLIP, kept, quads, places, count, 0)
-    split(work, fours * len(begins), -(-_SMALLEST_PIECE // max(1, kept)))
+    rows = begins * channels, prod(x.shape[1:]), samples, NO_FLIP, channels, quads, places * width, step, 0
+    work = partial(interleave, flat, *rows, min(width, AT_ONCE), fours * step if slabs > 1 else AT_ONCE)
+    split(work, fours * len(begins), -(-_SMALLEST_PIECE // channels))
     if len(borders):
         present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
         values = (np.uint32(fill & 0xFF) * _ONES) & _PRESENT[present]
-        _fill(borders, lengths, values, count, quads)
+        for slab in range(slabs):
+            _fill(borders * width, width, values, step, quads[slab * fours * step :])
     return out
 
 
+def sorted_length(length: int, stride: int) -> int:
+    """Places that positions take, see ``sorted_places``."""
+    return -(-length // stride) * stride
+
+
+def sorted_places(positions: np.ndarray, length: int, stride: int) -> np.ndarray:
+    """Places of some of ``length`` positions sorted by their remainder: those a stride apart are neighbours."""
+    return positions % stride * -(-length // stride) + positions // stride
+
+
 @lru_cache(maxsize=1024)
-def _rows(
-    spatial: tuple[int, ...], padding: tuple[tuple[int, int], ...], channels: int
-) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]:
-    """How a sample is padded: rows of the data that are kept and their places, and the borders between them.
-
-    Returns:
-        Where each row begins in the data, where in the result, and the length of all; where borders begin and their
-        lengths.
-    """
-    sources = source_rows(spatial[:-1], padding[:-1])
-    before, after = padding[-1]
-    width = (spatial[-1] + before + after) * channels
-    first = min(max(before * channels, 0), width)
-    last = max(first, min((spatial[-1] + before) * channels, width))
-    rows = np.arange(len(sources)) * width
+def _positions(
+    spatial: tuple[int, ...], padding: tuple[tuple[int, int], ...], stride: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How a sample is padded: positions of the data that are kept, their places in the result, and those of borders."""
+    sources = source_rows(spatial, padding)
+    places = np.arange(len(sources))
+    if spatial:
+        length = spatial[-1] + sum(padding[-1])
+        own = sorted_places(np.arange(length), length, stride)
+        places = places // length * sorted_length(length, stride) + own[places % length]
     inside = sources >= 0
-    begins = sources[inside] * spatial[-1] * channels + max(-before, 0) * channels
-    strips = [(rows[~inside], width), (rows[inside], first), (rows[inside] + last, width - last)]
-    strips = [(at, length) for at, length in strips if length > 0 and len(at)]
-    borders = np.concatenate([at for at, _ in strips]) if strips else np.zeros(0, np.int64)
-    lengths = np.concatenate([np.full(len(at), n) for at, n in strips]) if strips else np.zeros(0, np.int64)
-    return begins, rows[inside] + first, last - first, borders, lengths
+    return sources[inside], places[inside], places[~inside]
 
 
-def of_gradient(g: Tensor, first: int, count: int, channels: int, more: int) -> tuple[np.ndarray, int]:
-    """Four samples at a time, 128 more each: ``(N / 4, positions, part, height, QUAD)`` of int8 ``(N, *out, Co)``.
+def of_gradient(g: Tensor, channels: int) -> tuple[np.ndarray, int]:
+    """Four samples at a time, 128 more each: ``(part, N / 4, positions, height, QUAD)`` of int8 ``(N, *out, Co)``.
 
     Args:
         g: See above; contiguous.
-        first: First channel.
-        count: Number of channels.
         channels: Channels of a part; ones fill it up.
-        more: Positions of anything that follow.
 
     Returns:
         The quads, as uint8, flat, and the height of a part: whole tiles, with at least one row of ones.
     """
     samples, row = g.shape[0], g.shape[-1]
-    fours, positions, parts = -(-samples // QUAD), prod(g.shape[1:-1]), -(-count // channels)
+    fours, positions, parts = -(-samples // QUAD), prod(g.shape[1:-1]), -(-row // channels)
     height = -(-(channels + 1) // ROWS) * ROWS
-    out = empty((fours * positions + more) * parts * height * QUAD, dtype=torch.uint8).numpy()
-    quads = out.view(np.uint32)
+    out = empty(parts * fours * positions * height * QUAD, dtype=torch.uint8).numpy()
+    by_part = out.view(np.uint32).reshape(parts, -1)
     flat = g.reshape(-1).view(torch.uint8).numpy()
-    begins, places = np.arange(positions) * row, np.arange(positions) * (parts * height)
-    step = positions * parts * height
+    begins, places = np.arange(positions) * row, np.arange(positions) * height
     for part in range(parts):
-        own = min(channels, count - part * channels)
-        data, target = flat[first + part * channels :], quads[part * height :]
-        rest = (positions * row, samples, FLIP, own, target, places, step, height - own)
-        split(partial(interleave, data, begins, *rest), fours * positions, -(-_SMALLEST_PIECE // channels))
+        own = min(channels, row - part * channels)
+        rest = (positions * row, samples, FLIP, own, by_part[part], places, positions * height, height - own)
+        work = partial(interleave, flat[part * channels :], begins, *rest, AT_ONCE, AT_ONCE)
+        split(work, fours * positions, -(-_SMALLEST_PIECE // channels))
     return out, height
 
 
@@ -167,19 +177,19 @@ def _store_quads(
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         data, *begins, mask, flip, room, out, o = arguments
         places = [place_in(context, builder, signature.args[0], data, begin, _BYTES) for begin in begins]
-        a, b, c, d = (load_lanes(builder, place, room, _BYTES, f"v{_AT_ONCE}i8") for place in places)
+        a, b, c, d = (load_lanes(builder, place, room, _BYTES, f"v{AT_ONCE}i8") for place in places)
         pairs = [builder.bitcast(interleaved(builder, *two), halves) for two in ((a, b), (c, d))]
         quads = builder.bitcast(interleaved(builder, *pairs), _QUADS)
         quads = builder.and_(quads, splat_of(builder, mask, _QUADS))
         quads = builder.xor(quads, splat_of(builder, flip, _QUADS))
         place = place_in(context, builder, signature.args[8], out, o, _QUADS)
-        store_lanes(builder, quads, place, room, f"v{_AT_ONCE}i32")
+        store_lanes(builder, quads, place, room, f"v{AT_ONCE}i32")
         return context.get_dummy_value()
 
-    halves = ir.VectorType(ir.IntType(16), _AT_ONCE)
+    halves = ir.VectorType(ir.IntType(16), AT_ONCE)
 
     def interleaved(builder: Any, first: Any, second: Any) -> Any:
-        order = [lane + source * _AT_ONCE for lane in range(_AT_ONCE) for source in range(2)]
+        order = [lane + source * AT_ONCE for lane in range(AT_ONCE) for source in range(2)]
         return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(ir.IntType(32), len(order)), order))
 
     n = types.int64
@@ -187,7 +197,7 @@ def _store_quads(
 
 
 @compiled
-def interleave(data, begins, stride, samples, flip, count, out, places, step, filled, first, last):
+def interleave(data, begins, stride, samples, flip, count, out, places, step, filled, width, slab, first, last):
     """Rows of four samples at a time as quads.
 
     Args:
@@ -201,30 +211,37 @@ def interleave(data, begins, stride, samples, flip, count, out, places, step, fi
         places: int64: where the rows of four samples belong.
         step: Distance of fours in ``out``.
         filled: Quads of ones that follow each row.
+        width: Quads of a row that lie side by side, at most ``AT_ONCE``.
+        slab: Distance of those and the next ones.
         first: First (four and) row.
         last: Behind the last one.
     """
-    for i in range(first, last):
-        n, r = i // begins.size, i % begins.size
+    n, r = first // begins.size, first % begins.size
+    for _ in range(first, last):
         present = min(samples - n * QUAD, QUAD)
         mask = _PRESENT[present]
         a, o = n * QUAD * stride + begins[r], n * step + places[r]
         b = a + stride if present > 1 else a
         c = b + stride if present > 2 else a
         d = c + stride if present > 3 else a
-        for k in range(0, count, _AT_ONCE):
-            _store_quads(data, a + k, b + k, c + k, d + k, mask, flip, count - k, out, o + k)
-        for k in range(count, count + filled):
+        for k in range(0, count, width):
+            _store_quads(data, a + k, b + k, c + k, d + k, mask, flip, min(count - k, width), out, o)
+            o += slab
+        o = n * step + places[r] + count
+        for k in range(filled):
             out[o + k] = _ONES
+        r += 1
+        if r == begins.size:
+            n, r = n + 1, 0
 
 
 @compiled
-def _fill(begins, counts, values, step, out):
-    """``out[begins[i] + n * step:][:counts[i]] = values[n]`` for every i and n, uint32."""
+def _fill(begins, count, values, step, out):
+    """``out[begins[i] + n * step:][:count] = values[n]`` for every i and n, uint32."""
     for n in range(values.size):
         for i in range(begins.size):
             o = n * step + begins[i]
-            for k in range(counts[i]):
+            for k in range(count):
                 out[o + k] = values[n]
 
 
