@@ -8,12 +8,12 @@ from torch import Tensor
 
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
-from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
-from lightning_int8.backends.cpu.elementwise import block_values, new_buffers
+from lightning_int8.backends.cpu.compiler import compiled
+from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, whole
 from lightning_int8.backends.cpu.evaluation import source_of
 from lightning_int8.backends.cpu.expression import MASK_BITS, Expression, Windows
-from lightning_int8.backends.cpu.floats import put
 from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split
+from lightning_int8.backends.cpu.vectors import LANES, larger, load, plus, splat, store, store_small, where_larger
 
 
 def supports(expression: Expression, windows: Windows) -> bool:
@@ -37,7 +37,7 @@ def max_pool(expression: Expression, windows: Windows) -> tuple[Tensor, Tensor]:
     out = empty(samples, *windows.size, channels, dtype=expression.dtype)
     taps = empty(*out.shape, dtype=torch.uint8)
     geometry = np.array(windows.as_integers(), np.int64)
-    values, where = as_array(out).reshape(samples, -1), taps.view(samples, -1).numpy()
+    values, where = as_array(out), taps.view(-1).numpy()
 
     def work(first: int, last: int) -> None:
         _max_pool(source, first, last, geometry, values, where)
@@ -48,79 +48,57 @@ def max_pool(expression: Expression, windows: Windows) -> tuple[Tensor, Tensor]:
 
 @compiled
 def _max_pool(source, first, last, windows, out, taps):
-    """Maxima over rows first, which neighbouring windows share, then over columns of those."""
+    """Maxima over columns first, which neighbouring windows share, then over rows of those."""
     height, width, channels, out_height, out_width = windows[0], windows[1], windows[2], windows[3], windows[4]
     kernel_h, kernel_w, stride_h, pad_h = windows[5], windows[6], windows[7], windows[9]
     length, out_length = width * channels, out_width * channels
-    buffers, sorted_row = new_buffers(source, length), np.empty((windows[8], length), np.float32)
-    ring, columns = np.empty((kernel_h, out_length), np.float32), np.empty((kernel_h, out_length), np.int32)
-    largest, which = np.empty(out_length, np.float32), np.empty(out_length, np.int32)
+    buffers, room = new_buffers(source, length), whole(out_length)
+    largest, columns = np.empty(kernel_h * room, np.float32), np.empty(kernel_h * room, np.float32)
     for n in range(first, last):
         oh = 0
         for h in range(height):
             row = block_values(source, (n * height + h) * length, length, buffers)
-            _pool_row(row, windows, sorted_row, ring[h % kernel_h], columns[h % kernel_h])
+            _pool_row(row, windows, h % kernel_h * room, largest, columns)
             while oh < out_height and min(oh * stride_h - pad_h + kernel_h, height) == h + 1:
-                top = oh * stride_h - pad_h
-                largest[:] = -np.inf
-                which[:] = -1
-                for k in range(max(top, 0), h + 1):
-                    own = k % kernel_h
-                    _take_larger(ring[own], columns[own], np.int32((k - top) * kernel_w), largest, which)
-                at = oh * out_length
-                _put(largest, which, out[n, at : at + out_length], taps[n, at : at + out_length])
+                at = (n * out_height + oh) * out_length
+                _pool_column(largest, columns, oh * stride_h - pad_h, h, kernel_h, kernel_w, at, out_length, out, taps)
                 oh += 1
 
 
 @compiled
-def _pool_row(row, windows, sorted_row, largest, columns):
-    """Maxima of one row over the width of each window, and how far from its left edge they are."""
-    width, channels, out_width, kernel_w = windows[1], windows[2], windows[4], windows[6]
+def _pool_row(row, windows, at, largest, columns):
+    """Maxima of one row over the width of each window, and how far from its left edge they are, from ``at`` on."""
+    width, channels, out_width, kernel = windows[1], windows[2], windows[4], windows[6]
     stride, pad = windows[8], windows[10]
-    # Positions sorted by their remainder mod the stride: those of one tap lie side by side, and loops are long.
-    for w in range(width):
-        at = w // stride * channels
-        _copy(row[w * channels : (w + 1) * channels], sorted_row[w % stride, at : at + channels])
-    largest[:] = -np.inf
-    columns[:] = -1
-    for k in range(kernel_w):
-        of_stride, shift = (k - pad) % stride, (k - pad) // stride
-        first, stop = max(0, -shift), min(out_width, (width - 1 - of_stride) // stride + 1 - shift)
-        if first < stop:
-            own = slice(first * channels, stop * channels)
-            x = sorted_row[of_stride, (first + shift) * channels : (stop + shift) * channels]
-            _take_right(x, np.int32(k), largest[own], columns[own])
+    for ow in range(out_width):
+        left = ow * stride - pad
+        first, stop = max(left, 0), min(left + kernel, width)
+        for c in range(0, channels, LANES):
+            room = min(LANES, channels - c)
+            top, column = load(row, first * channels + c, room), splat(np.float32(first - left))
+            for w in range(first + 1, stop):
+                # The first of equals, and what is no number, as torch does.
+                v = load(row, w * channels + c, room)
+                column = where_larger(v, top, splat(np.float32(w - left)), column)
+                top = larger(v, top)
+            store(largest, at + c, room, top)
+            store(columns, at + c, room, column)
+        at += channels
 
 
 @compiled
-def _copy(x, out):
-    wide_vectors()
-    for i in range(out.size):
-        out[i] = x[i]
-
-
-@compiled
-def _take_right(x, column, largest, columns):
-    wide_vectors()
-    for i in range(x.size):
-        # The first of equals, be they -inf, and what is no number, as torch does.
-        larger = x[i] > largest[i] or x[i] != x[i] or columns[i] < 0
-        largest[i] = x[i] if larger else largest[i]
-        columns[i] = column if larger else columns[i]
-
-
-@compiled
-def _take_larger(x, columns, tap, largest, which):
-    wide_vectors()
-    for i in range(x.size):
-        larger = x[i] > largest[i] or x[i] != x[i] or which[i] < 0
-        largest[i] = x[i] if larger else largest[i]
-        which[i] = tap + columns[i] if larger else which[i]
-
-
-@compiled
-def _put(largest, which, out, taps):
-    wide_vectors()
-    for i in range(out.size):
-        put(out, i, largest[i])
-        taps[i] = np.uint8(which[i])
+def _pool_column(largest, columns, top, bottom, kernel_h, kernel_w, at, count, out, taps):
+    """Maxima of the rows from ``top``, or the first one, to ``bottom``, and their taps."""
+    room, first = largest.size // kernel_h, max(top, 0)
+    for i in range(0, count, LANES):
+        own = first % kernel_h * room + i
+        value = load(largest, own, LANES)
+        tap = plus(load(columns, own, LANES), splat(np.float32((first - top) * kernel_w)))
+        for k in range(first + 1, bottom + 1):
+            own = k % kernel_h * room + i
+            v = load(largest, own, LANES)
+            of_row = plus(load(columns, own, LANES), splat(np.float32((k - top) * kernel_w)))
+            tap = where_larger(v, value, of_row, tap)
+            value = larger(v, value)
+        store(out, at + i, count - i, value)
+        store_small(taps, at + i, count - i, tap)

@@ -30,6 +30,7 @@ LANES = 64 if HAS_AVX512 else 16
 
 FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32), LANES)
 _BITS, _INDEX = ir.VectorType(ir.IntType(1), LANES), ir.IntType(32)
+_BYTES = ir.VectorType(ir.IntType(8), LANES)
 _WORDS = ir.VectorType(ir.IntType(MASK_BITS), LANES // MASK_BITS)
 
 
@@ -170,6 +171,60 @@ def rectified(typing_context: Any, v: Any, upper: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<=", bounded, zero), zero, bounded)
 
     return floats(v, upper), generate
+
+
+@intrinsic
+def larger(typing_context: Any, v: Any, w: Any) -> Any:
+    """The lanes of v that are above those of w, or no number; else those of w."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v, w = arguments
+        return _where_larger(builder, v, w, v, w)
+
+    return floats(v, w), generate
+
+
+@intrinsic
+def where_larger(typing_context: Any, v: Any, w: Any, a: Any, b: Any) -> Any:
+    """The lanes of a where ``larger`` takes those of v, else those of b."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _where_larger(builder, *arguments)
+
+    return floats(v, w, a, b), generate
+
+
+def _where_larger(builder: Any, v: Any, w: Any, a: Any, b: Any) -> Any:
+    # One after the other: LLVM joins the masks of several registers to combine them, and takes them apart again.
+    above = builder.select(builder.fcmp_ordered(">", v, w), a, b)
+    return builder.select(builder.fcmp_unordered("uno", v, v), a, above)
+
+
+@intrinsic
+def store_small(typing_context: Any, out: Any, i: Any, room: Any, v: Any) -> Any:
+    """``out[i : i + LANES] = v``, uint8, of lanes that are such integers; no more than ``room`` elements."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        out, i, room, v = arguments
+        place = place_in(context, builder, signature.args[0], out, i, _BYTES)
+        store_lanes(builder, builder.trunc(builder.fptosi(v, INTS), _BYTES), place, room, f"v{LANES}i8")
+        return context.get_dummy_value()
+
+    return types.void(out, types.int64, types.int64, v), generate
+
+
+@intrinsic
+def keep_equal(typing_context: Any, v: Any, values: Any, i: Any, room: Any, value: Any) -> Any:
+    """The lanes where ``values[i : i + LANES]`` of uint8 are this one, 0 for the others; see ``load``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        v, values, i, room, value = arguments
+        place = place_in(context, builder, signature.args[1], values, i, _BYTES)
+        lanes = load_lanes(builder, place, room, _BYTES, f"v{LANES}i8")
+        is_equal = builder.icmp_signed("==", lanes, splat_of(builder, value, _BYTES))
+        return builder.select(is_equal, v, constant(FLOATS, 0.0))
+
+    return floats(v, values, types.int64, types.int64, types.uint8), generate
 
 
 @intrinsic
