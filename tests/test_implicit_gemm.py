@@ -69,8 +69,8 @@ def test_panels_hold_every_weight_where_the_product_reads_it(columns, rows, taps
 )
 def test_samples_are_padded_and_lie_four_by_four(samples, axes, channels, fill, stride):
     axes = [(n, lo, hi) for n, lo, hi in axes if n + lo + hi > 0 and n + min(lo, 0) + min(hi, 0) > 0]
-    x = bytes_of((samples, *(n for n, _, _ in axes), channels))
-    width = panels.slab_width(channels)
+    x, stride = bytes_of((samples, *(n for n, _, _ in axes), channels)), stride if axes else 1
+    width = panels.slab_width(channels) if channels > 64 else channels
     packed = panels.of_samples(x, [(lo, hi) for _, lo, hi in axes], fill, width, stride)
     pads = [n for _, lo, hi in reversed(axes) for n in (lo, hi)]
     fours, slabs = -(-samples // 4), -(-channels // width)
@@ -79,9 +79,9 @@ def test_samples_are_padded_and_lie_four_by_four(samples, axes, channels, fill, 
     quads = packed.view(np.int8)[: -panels.LANES * 4]
     if axes:
         length = padded.shape[-2]
-        whole = -(-length // stride)
-        got = quads.reshape(slabs, fours, -1, stride, whole, width, 4).transpose(0, 1, 6, 2, 4, 3, 5)
-        got = got.reshape(slabs, fours * 4, -1, whole * stride, width)[:, :, :, :length]
+        places = -(-length // stride)
+        got = quads.reshape(slabs, fours, -1, stride, places, width, 4).transpose(0, 1, 6, 2, 4, 3, 5)
+        got = got.reshape(slabs, fours * 4, -1, places * stride, width)[:, :, :, :length]
     else:
         got = quads.reshape(slabs, fours, width, 4).transpose(0, 1, 3, 2)
         got = got.reshape(slabs, fours * 4, width)
@@ -94,15 +94,17 @@ def test_samples_are_padded_and_lie_four_by_four(samples, axes, channels, fill, 
 @examples
 @given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 140), st.data())
 def test_gradients_are_unsigned_and_ones_lie_behind_each_part(samples, positions, row, data):
-    channels = data.draw(st.integers(1, row))
+    first = data.draw(st.integers(0, row - 1))
+    count = data.draw(st.integers(1, row - first))
+    channels = data.draw(st.integers(1, count))
     g = bytes_of((samples, positions, row))
-    packed, height = panels.of_gradient(g, channels)
-    parts, fours = -(-row // channels), -(-samples // 4)
+    packed, height = panels.of_gradient(g, slice(first, first + count), channels)
+    parts, fours = -(-count // channels), -(-samples // 4)
     assert height % 6 == 0
     assert height > channels
     quads = packed.reshape(parts, fours, positions, height, 4)
     for part in range(parts):
-        own = g[..., part * channels : min((part + 1) * channels, row)]
+        own = g[..., first + part * channels : first + min((part + 1) * channels, count)]
         width = own.shape[-1]
         got = quads[part, :, :, :width].transpose(0, 3, 1, 2).reshape(-1, positions, width)[:samples]
         assert (got.astype(int) == own.numpy().astype(int) + 128).all()

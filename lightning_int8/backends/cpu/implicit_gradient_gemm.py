@@ -58,10 +58,10 @@ def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sum
     """``grad_weight`` of a matrix product: four rows at a time are summed together, some rows are packed at a time.
 
     Args:
-        g: uint8, flat: the signed bytes of ``(rows, Co)``.
-        x: uint8, flat: the signed bytes of ``(rows, C)``.
+        g: uint8, flat: the signed bytes of ``(rows, Co)`` from the first channel on.
+        x: uint8, flat: the signed bytes of ``(rows, C)``, likewise.
         rows: See above.
-        widths: (Co, C, columns of a panel).
+        widths: (Co, C, channels of x, columns of a panel).
         block: Quads of rows that are packed before they are multiplied: they stay in cache.
         panels: See ``grad_weight``.
         part: Likewise.
@@ -70,19 +70,19 @@ def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sum
         sums: Likewise.
         out: Likewise.
     """
-    out_channels, in_channels, width = widths
+    out_row, in_row, columns, width = widths
     channels, channel, height = part
-    left, right = np.empty(block * height, np.uint32), np.empty(block * (in_channels + width), np.uint32)
+    left, right = np.empty(block * height, np.uint32), np.empty(block * (columns + width), np.uint32)
     left_bytes, right_bytes = left.view(np.uint8), right.view(np.uint8)
     begins, pieces = np.zeros(1, np.int64), np.zeros(2, np.int64)
     sums[: panels.shape[0] * height * WIDTH] = 0
     for first in range(0, rows, block * QUAD):
         count = (min(block * QUAD, rows - first) + QUAD - 1) // QUAD
-        own, others = g[first * out_channels + channel :], x[first * in_channels :]
+        own, others = g[first * out_row + channel :], x[first * in_row :]
         there = begins, height, height - channels, AT_ONCE, AT_ONCE, 0, count
-        interleave(own, begins, out_channels, rows - first, FLIP, channels, left, *there)
+        interleave(own, begins, out_row, rows - first, FLIP, channels, left, *there)
         there = begins, width, 0, width, block * width, 0, count
-        interleave(others, begins, in_channels, rows - first, NO_FLIP, in_channels, right, *there)
+        interleave(others, begins, in_row, rows - first, NO_FLIP, columns, right, *there)
         for j in range(panels.shape[0]):
             vectors = (panels[j, 1] + LANES - 1) // LANES
             for r in range(0, height, ROWS):

@@ -99,22 +99,24 @@ def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, width: 
     Returns:
         The quads, behind which a whole vector can be read.
     """
-    samples, *spatial, channels = x.shape
-    begins, places, borders = _positions(tuple(spatial), tuple(padding), stride)
-    size = prod(n + lo + hi for n, (lo, hi) in zip(spatial[:-1], padding[:-1], strict=True)) if spatial else 1
-    size *= sorted_length(spatial[-1] + sum(padding[-1]), stride) if spatial else 1
-    fours, slabs, step = -(-samples // QUAD), -(-channels // width), size * width
+    samples, channels = x.shape[0], x.shape[-1]
+    spatial, pads = (tuple(x.shape[1:-1]), tuple(padding)) if x.dim() > 2 else ((1,), ((0, 0),))
+    *outer, last = (n + lo + hi for n, (lo, hi) in zip(spatial, pads, strict=True))
+    fours, slabs, step = -(-samples // QUAD), -(-channels // width), prod(outer) * sorted_length(last, stride) * width
     out = empty((slabs * fours * step + LANES) * QUAD, dtype=torch.uint8).numpy()
     quads = out.view(np.uint32)
+    rows = _positions(spatial, pads, channels, stride) if slabs > 1 or stride > 1 else _rows(spatial, pads, channels)
+    begins, places, kept, borders, lengths = rows
     flat = x.reshape(-1).view(torch.uint8).numpy()
-    rows = begins * channels, prod(x.shape[1:]), samples, NO_FLIP, channels, quads, places * width, step, 0
-    work = partial(interleave, flat, *rows, min(width, AT_ONCE), fours * step if slabs > 1 else AT_ONCE)
-    split(work, fours * len(begins), -(-_SMALLEST_PIECE // channels))
+    how = begins, prod(x.shape[1:]), samples, NO_FLIP, kept, quads, places * width // channels, step, 0
+    at_once, distance = (width, fours * step) if slabs > 1 else (AT_ONCE, AT_ONCE)
+    work = partial(interleave, flat, *how, at_once, distance)
+    split(work, fours * len(begins), -(-_SMALLEST_PIECE // max(1, kept)))
     if len(borders):
         present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
         values = (np.uint32(fill & 0xFF) * _ONES) & _PRESENT[present]
         for slab in range(slabs):
-            _fill(borders * width, width, values, step, quads[slab * fours * step :])
+            _fill(borders * width // channels, lengths * width // channels, values, step, quads[slab * fours * step :])
     return out
 
 
@@ -130,40 +132,64 @@ def sorted_places(positions: np.ndarray, length: int, stride: int) -> np.ndarray
 
 @lru_cache(maxsize=1024)
 def _positions(
-    spatial: tuple[int, ...], padding: tuple[tuple[int, int], ...], stride: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How a sample is padded: positions of the data that are kept, their places in the result, and those of borders."""
-    sources = source_rows(spatial, padding)
-    places = np.arange(len(sources))
-    if spatial:
-        length = spatial[-1] + sum(padding[-1])
-        own = sorted_places(np.arange(length), length, stride)
-        places = places // length * sorted_length(length, stride) + own[places % length]
+    spatial: tuple[int, ...], padding: tuple[tuple[int, int], ...], channels: int, stride: int
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]:
+    """``_rows`` of a position each, sorted."""
+    sources, length = source_rows(spatial, padding), spatial[-1] + sum(padding[-1])
+    rows, across = np.divmod(np.arange(len(sources)), length)
+    places = (rows * sorted_length(length, stride) + sorted_places(across, length, stride)) * channels
     inside = sources >= 0
-    return sources[inside], places[inside], places[~inside]
+    borders = places[~inside]
+    return sources[inside] * channels, places[inside], channels, borders, np.full(len(borders), channels)
 
 
-def of_gradient(g: Tensor, channels: int) -> tuple[np.ndarray, int]:
+@lru_cache(maxsize=1024)
+def _rows(
+    spatial: tuple[int, ...], padding: tuple[tuple[int, int], ...], channels: int
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, np.ndarray]:
+    """How a sample is padded: rows of the data that are kept and their places, and the borders between them.
+
+    Returns:
+        Where each row begins in the data, where in the result, and the length of all; where borders begin and their
+        lengths.
+    """
+    sources = source_rows(spatial[:-1], padding[:-1])
+    before, after = padding[-1]
+    width = (spatial[-1] + before + after) * channels
+    first = min(max(before * channels, 0), width)
+    last = max(first, min((spatial[-1] + before) * channels, width))
+    rows = np.arange(len(sources)) * width
+    inside = sources >= 0
+    begins = sources[inside] * spatial[-1] * channels + max(-before, 0) * channels
+    strips = [(rows[~inside], width), (rows[inside], first), (rows[inside] + last, width - last)]
+    strips = [(at, length) for at, length in strips if length > 0 and len(at)]
+    borders = np.concatenate([at for at, _ in strips]) if strips else np.zeros(0, np.int64)
+    lengths = np.concatenate([np.full(len(at), n) for at, n in strips]) if strips else np.zeros(0, np.int64)
+    return begins, rows[inside] + first, last - first, borders, lengths
+
+
+def of_gradient(g: Tensor, own: slice, channels: int) -> tuple[np.ndarray, int]:
     """Four samples at a time, 128 more each: ``(part, N / 4, positions, height, QUAD)`` of int8 ``(N, *out, Co)``.
 
     Args:
         g: See above; contiguous.
+        own: Which channels.
         channels: Channels of a part; ones fill it up.
 
     Returns:
         The quads, as uint8, flat, and the height of a part: whole tiles, with at least one row of ones.
     """
     samples, row = g.shape[0], g.shape[-1]
-    fours, positions, parts = -(-samples // QUAD), prod(g.shape[1:-1]), -(-row // channels)
+    fours, positions, parts = -(-samples // QUAD), prod(g.shape[1:-1]), -(-(own.stop - own.start) // channels)
     height = -(-(channels + 1) // ROWS) * ROWS
     out = empty(parts * fours * positions * height * QUAD, dtype=torch.uint8).numpy()
     by_part = out.view(np.uint32).reshape(parts, -1)
     flat = g.reshape(-1).view(torch.uint8).numpy()
     begins, places = np.arange(positions) * row, np.arange(positions) * height
-    for part in range(parts):
-        own = min(channels, row - part * channels)
-        rest = (positions * row, samples, FLIP, own, by_part[part], places, positions * height, height - own)
-        work = partial(interleave, flat[part * channels :], begins, *rest, AT_ONCE, AT_ONCE)
+    for part, first in enumerate(range(own.start, own.stop, channels)):
+        count = min(channels, own.stop - first)
+        rest = (positions * row, samples, FLIP, count, by_part[part], places, positions * height, height - count)
+        work = partial(interleave, flat[first:], begins, *rest, AT_ONCE, AT_ONCE)
         split(work, fours * positions, -(-_SMALLEST_PIECE // channels))
     return out, height
 
@@ -236,12 +262,12 @@ def interleave(data, begins, stride, samples, flip, count, out, places, step, fi
 
 
 @compiled
-def _fill(begins, count, values, step, out):
-    """``out[begins[i] + n * step:][:count] = values[n]`` for every i and n, uint32."""
+def _fill(begins, counts, values, step, out):
+    """``out[begins[i] + n * step:][:counts[i]] = values[n]`` for every i and n, uint32."""
     for n in range(values.size):
         for i in range(begins.size):
             o = n * step + begins[i]
-            for k in range(count):
+            for k in range(counts[i]):
                 out[o + k] = values[n]
 
 
