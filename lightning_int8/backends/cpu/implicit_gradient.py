@@ -21,7 +21,7 @@ from lightning_int8.backends.cpu.threads import split
 from lightning_int8.backends.group_blocks import Block, blocks
 
 _MOST_CHANNELS = 384  # rows that share a panel
-_PANEL_BYTES = 1 << 15  # of a panel that all rows are multiplied with: they stay in the first-level cache
+_PANEL_BYTES = 20 << 10  # of a panel that all rows are multiplied with: they stay in the first-level cache, beside rows
 _SUM_BYTES = 1 << 20  # sums that block after block is added to: they stay in the second-level cache
 _FEWEST_QUADS = 48  # of a matrix product that are added to them at a time
 
