@@ -91,26 +91,6 @@ def test_samples_are_padded_and_lie_four_by_four(samples, axes, channels, fill, 
         assert (own == expected.reshape(own.shape)).all()
 
 
-@examples
-@given(st.integers(1, 9), st.integers(1, 7), st.integers(1, 140), st.data())
-def test_gradients_are_unsigned_and_ones_lie_behind_each_part(samples, positions, row, data):
-    first = data.draw(st.integers(0, row - 1))
-    count = data.draw(st.integers(1, row - first))
-    channels = data.draw(st.integers(1, count))
-    g = bytes_of((samples, positions, row))
-    packed, height = panels.of_gradient(g, slice(first, first + count), channels)
-    parts, fours = -(-count // channels), -(-samples // 4)
-    assert height % 6 == 0
-    assert height > channels
-    quads = packed.reshape(parts, fours, positions, height, 4)
-    for part in range(parts):
-        own = g[..., first + part * channels : first + min((part + 1) * channels, count)]
-        width = own.shape[-1]
-        got = quads[part, :, :, :width].transpose(0, 3, 1, 2).reshape(-1, positions, width)[:samples]
-        assert (got.astype(int) == own.numpy().astype(int) + 128).all()
-        assert (quads[part, :, :, width:] == 1).all()
-
-
 # --- What is summed --------------------------------------------------------------------------------------------------
 
 

@@ -204,24 +204,26 @@ def _of_windows(
     # As many parts of the channels as it takes to give every thread panels of its own, and to stay in cache.
     wanted = max(-(-threads // len(table)), -(-out_channels // _MOST_CHANNELS))
     channels = -(-out_channels // min(wanted, out_channels))
-    parts = -(-out_channels // channels)
-    left, height = panels.of_gradient(g, block.outputs, channels)
+    parts, height = -(-out_channels // channels), -(-(channels + 1) // ROWS) * ROWS
     left_step, count, length = height * QUAD, len(windows.begins), windows.length
-    pieces = pieces_of(np.arange(count) * length * left_step, windows.begins)
     panel_step = min(windows.step, int(table[:, 1].max()) * QUAD)
     rounds = max(panel_step / _PANEL_BYTES, left_step / BLOCK_BYTES) * count * length
     at_once = -(-count // max(1, round(rounds)))
+    pieces = pieces_of(np.arange(count) % at_once * length * left_step, windows.begins)
+    flat = g.reshape(-1)[block.outputs.start :].view(torch.uint8).numpy()
+    begins = np.arange(correlation.positions) * g.shape[-1]
     groups = max(-(-threads // parts), -(-len(table) * height * WIDTH * 4 // _SUM_BYTES))
     group = -(-len(table) // min(groups, len(table)))
     groups = -(-len(table) // group)
 
     def work(first: int, last: int) -> None:
         sums = empty(group * height * WIDTH, dtype=torch.int32).numpy()
+        packed = empty(at_once * length * height, dtype=torch.int32).numpy().view(np.uint32)
         for unit in range(first, last):
             part, own_panels = unit // groups, table[unit % groups * group :][:group]
             channel = part * channels
             own_channels = (min(channels, out_channels - channel), channel, height)
-            operands = (left, part * count * length * left_step, left_step), (quads, windows.step)
+            operands = (flat, len(g), g[0].numel(), begins, packed), (quads, windows.step)
             implicit_gradient_gemm.grad_weight(
                 *operands, pieces, length, at_once, own_panels, own_channels, *ends, sums, out
             )

@@ -25,12 +25,12 @@ def grad_weight(left, right, pieces, quads, block, panels, part, scales, taken_o
     """Sums over positions for some channels of g and some panels of columns.
 
     Args:
-        left: (uint8, flat: quads of g + 128 ``(..., channel and ones, QUAD)``; where the part begins; distance of
-            positions). Behind the channels of a part lies at least one row of ones.
+        left: (uint8, flat: the signed bytes of g ``(N, positions, Co)`` from the first channel on; samples; their
+            distance; where the positions of one begin; uint32, room for the quads of a block).
         right: (uint8, flat: quads of the signed bytes of x; distance of positions).
-        pieces: int64, pairs: where the positions of each piece begin, from the part and from a panel.
+        pieces: int64, pairs: where the positions of each piece begin, from its block and from a panel.
         quads: Positions of a piece.
-        block: Pieces that are multiplied before the next ones: they stay in cache.
+        block: Pieces that are packed and multiplied before the next ones: they stay in cache.
         panels: int64 ``(panels, 3)``: where each begins in x, its columns, and where they belong in a row of ``out``.
         part: (channels, first channel, rows of tiles).
         scales: (left, right): float32, left is a number or one for each channel.
@@ -38,18 +38,21 @@ def grad_weight(left, right, pieces, quads, block, panels, part, scales, taken_o
         sums: int32, at least ``(panels · rows · WIDTH)``, to work in.
         out: flat, ``(channels, columns)``, int32 for the sums as they are, floats for scaled ones.
     """
-    g, begin, left_step = left
+    g, samples, stride, begins, packed = left
     x, right_step = right
-    height = part[2]
+    channels, channel, height = part
     count = pieces.size // 2
+    own, places, packed_bytes = g[channel:], np.arange(begins.size) * height, packed.view(np.uint8)
     sums[: panels.shape[0] * height * WIDTH] = 0
     for k in range(0, count, block):
         stop = min(k + block, count)
+        there = places, begins.size * height, k * quads * height, height - channels, AT_ONCE, AT_ONCE
+        interleave(own, begins, stride, samples, FLIP, channels, packed, *there, k * quads, stop * quads)
         for j in range(panels.shape[0]):
             vectors = (panels[j, 1] + LANES - 1) // LANES
             for r in range(0, height, ROWS):
-                row, s = begin + r * QUAD, (j * height + r) * WIDTH
-                add_tile(vectors, g, row, left_step, pieces, k, stop, quads, x, panels[j, 0], right_step, sums, s)
+                lhs = (packed_bytes, r * QUAD, height * QUAD, pieces, k, stop, quads)
+                add_tile(vectors, *lhs, x, panels[j, 0], right_step, sums, (j * height + r) * WIDTH)
     _write_all(sums, panels, part, scales, taken_off, out)
 
 
@@ -79,9 +82,9 @@ def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sum
     for first in range(0, rows, block * QUAD):
         count = (min(block * QUAD, rows - first) + QUAD - 1) // QUAD
         own, others = g[first * out_row + channel :], x[first * in_row :]
-        there = begins, height, height - channels, AT_ONCE, AT_ONCE, 0, count
+        there = begins, height, 0, height - channels, AT_ONCE, AT_ONCE, 0, count
         interleave(own, begins, out_row, rows - first, FLIP, channels, left, *there)
-        there = begins, width, 0, width, block * width, 0, count
+        there = begins, width, 0, 0, width, block * width, 0, count
         interleave(others, begins, in_row, rows - first, NO_FLIP, columns, right, *there)
         for j in range(panels.shape[0]):
             vectors = (panels[j, 1] + LANES - 1) // LANES

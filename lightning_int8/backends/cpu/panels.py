@@ -20,7 +20,7 @@ from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.correlation import grid_offsets
 from lightning_int8.backends.cpu.llvm import load_lanes, place_in, splat_of, store_lanes
-from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH
+from lightning_int8.backends.cpu.microkernel import LANES, QUAD, WIDTH
 from lightning_int8.backends.cpu.threads import split
 
 AT_ONCE = 64
@@ -108,7 +108,7 @@ def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, width: 
     rows = _positions(spatial, pads, channels, stride) if slabs > 1 or stride > 1 else _rows(spatial, pads, channels)
     begins, places, kept, borders, lengths = rows
     flat = x.reshape(-1).view(torch.uint8).numpy()
-    how = begins, prod(x.shape[1:]), samples, NO_FLIP, kept, quads, places * width // channels, step, 0
+    how = begins, prod(x.shape[1:]), samples, NO_FLIP, kept, quads, places * width // channels, step, 0, 0
     at_once, distance = (width, fours * step) if slabs > 1 else (AT_ONCE, AT_ONCE)
     work = partial(interleave, flat, *how, at_once, distance)
     split(work, fours * len(begins), -(-_SMALLEST_PIECE // max(1, kept)))
@@ -168,32 +168,6 @@ def _rows(
     return begins, rows[inside] + first, last - first, borders, lengths
 
 
-def of_gradient(g: Tensor, own: slice, channels: int) -> tuple[np.ndarray, int]:
-    """Four samples at a time, 128 more each: ``(part, N / 4, positions, height, QUAD)`` of int8 ``(N, *out, Co)``.
-
-    Args:
-        g: See above; contiguous.
-        own: Which channels.
-        channels: Channels of a part; ones fill it up.
-
-    Returns:
-        The quads, as uint8, flat, and the height of a part: whole tiles, with at least one row of ones.
-    """
-    samples, row = g.shape[0], g.shape[-1]
-    fours, positions, parts = -(-samples // QUAD), prod(g.shape[1:-1]), -(-(own.stop - own.start) // channels)
-    height = -(-(channels + 1) // ROWS) * ROWS
-    out = empty(parts * fours * positions * height * QUAD, dtype=torch.uint8).numpy()
-    by_part = out.view(np.uint32).reshape(parts, -1)
-    flat = g.reshape(-1).view(torch.uint8).numpy()
-    begins, places = np.arange(positions) * row, np.arange(positions) * height
-    for part, first in enumerate(range(own.start, own.stop, channels)):
-        count = min(channels, own.stop - first)
-        rest = (positions * row, samples, FLIP, count, by_part[part], places, positions * height, height - count)
-        work = partial(interleave, flat[first:], begins, *rest, AT_ONCE, AT_ONCE)
-        split(work, fours * positions, -(-_SMALLEST_PIECE // channels))
-    return out, height
-
-
 @intrinsic
 def _store_quads(
     typing_context: Any, data: Any, a: Any, b: Any, c: Any, d: Any, mask: Any, flip: Any, room: Any, out: Any, o: Any
@@ -223,7 +197,7 @@ def _store_quads(
 
 
 @compiled
-def interleave(data, begins, stride, samples, flip, count, out, places, step, filled, width, slab, first, last):
+def interleave(data, begins, stride, samples, flip, count, out, places, step, origin, filled, width, slab, first, last):
     """Rows of four samples at a time as quads.
 
     Args:
@@ -236,6 +210,7 @@ def interleave(data, begins, stride, samples, flip, count, out, places, step, fi
         out: uint32, flat: a quad each.
         places: int64: where the rows of four samples belong.
         step: Distance of fours in ``out``.
+        origin: Where ``out`` begins.
         filled: Quads of ones that follow each row.
         width: Quads of a row that lie side by side, at most ``AT_ONCE``.
         slab: Distance of those and the next ones.
@@ -246,14 +221,14 @@ def interleave(data, begins, stride, samples, flip, count, out, places, step, fi
     for _ in range(first, last):
         present = min(samples - n * QUAD, QUAD)
         mask = _PRESENT[present]
-        a, o = n * QUAD * stride + begins[r], n * step + places[r]
+        a, o = n * QUAD * stride + begins[r], n * step + places[r] - origin
         b = a + stride if present > 1 else a
         c = b + stride if present > 2 else a
         d = c + stride if present > 3 else a
         for k in range(0, count, width):
             _store_quads(data, a + k, b + k, c + k, d + k, mask, flip, min(count - k, width), out, o)
             o += slab
-        o = n * step + places[r] + count
+        o = n * step + places[r] - origin + count
         for k in range(filled):
             out[o + k] = _ONES
         r += 1
@@ -276,7 +251,8 @@ def _interleave_columns(data, begins, stride, columns, out, places, first, last)
     """Panels ``first`` to ``last`` of ``(rows, columns)``, whose columns lie side by side; see ``interleave``."""
     for p in range(first, last):
         count = min(WIDTH, columns - p * WIDTH)
-        interleave(data[p * WIDTH :], begins, stride, QUAD, NO_FLIP, count, out[p], places, 0, 0, 0, begins.size)
+        there = places, 0, 0, 0, AT_ONCE, AT_ONCE
+        interleave(data[p * WIDTH :], begins, stride, QUAD, NO_FLIP, count, out[p], *there, 0, begins.size)
 
 
 @compiled
