@@ -45,7 +45,8 @@ def grad_weight(
     if is_product:
         # Only the positions of x that have a window.
         spans = zip(correlation.size, correlation.step, strict=True)
-        x = x[(slice(None), *(slice(0, (count - 1) * step + 1, step) for count, step in spans))].contiguous()
+        with_window = (slice(None), *(slice(0, (count - 1) * step + 1, step) for count, step in spans))
+        x = x[with_window].contiguous()
         compute = partial(_of_product, g, x)
     else:
         width, stride = _width_and_stride(correlation, x.shape[-1])
@@ -93,8 +94,8 @@ def _of_product(g: Tensor, x: Tensor, block: Block, ends: _Ends, result: Tensor)
     height = -(-(own + 1) // ROWS) * ROWS
     at_once = min(BLOCK_BYTES // ((height + channels) * QUAD), _PANEL_BYTES // (width * QUAD))
     at_once = min(max(_FEWEST_QUADS, at_once), -(-rows // QUAD))
-    firsts = (g.reshape(-1)[block.outputs.start :], x.reshape(-1)[block.inputs.start :])
-    operands = (*(first.view(torch.uint8).numpy() for first in firsts), rows)
+    left = g.reshape(-1)[block.outputs.start :].view(torch.uint8).numpy()
+    right = x.reshape(-1)[block.inputs.start :].view(torch.uint8).numpy()
     table = _panel_table(np.zeros(1, np.int64), _slabs(0, channels, width, at_once * width * QUAD), channels)
     how = ((g.shape[-1], x.shape[-1], channels, width), at_once, table)
     out = as_array(result)
@@ -103,7 +104,7 @@ def _of_product(g: Tensor, x: Tensor, block: Block, ends: _Ends, result: Tensor)
         sums = empty(len(table) * height * WIDTH, dtype=torch.int32).numpy()
         for channel in range(first * own, min(last * own, out_channels), own):
             part = (min(own, out_channels - channel), channel, height)
-            implicit_gradient_gemm.grad_product(*operands, *how, part, *ends, sums, out)
+            implicit_gradient_gemm.grad_product(left, right, rows, *how, part, *ends, sums, out)
 
     split(work, -(-out_channels // own), -(-SMALLEST_PIECE // max(1, rows * channels * own)))
 
