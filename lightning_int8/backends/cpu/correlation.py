@@ -83,20 +83,28 @@ def correlations(contraction: str, geometry: ConvGeometry) -> list[Correlation]:
     return [residue_correlation(r, geometry.groups) for r in reached]
 
 
+def turned_axes(residue: Residue) -> list[int]:
+    """Axes of a weight whose taps a residue class takes in the opposite order."""
+    return [axis for axis, d in enumerate(residue.dims, start=1) if len(d.taps) > 1]
+
+
+def taps_of(w: Tensor, residue: Residue) -> Tensor:
+    """The part of a weight ``(Co, *kernel, C / groups)`` whose taps a residue class takes; no axis is turned."""
+    for axis, (d, count) in enumerate(zip(residue.dims, w.shape[1:-1], strict=True), start=1):
+        # A residue class takes every so manieth tap, the last one first.
+        distance = d.taps[0] - d.taps[1] if len(d.taps) > 1 else count
+        if len(d.taps) < count:
+            w = w.narrow(axis, d.taps[-1], count - d.taps[-1])
+            w = w[(slice(None),) * axis + (slice(None, len(d.taps) * distance, distance),)]
+    return w
+
+
 def transposed_weight(w: Plane, residue: Residue, groups: int) -> Plane:
     """The weight that carries a gradient back: ``(C, *taps, Co / groups)`` of ``(Co, *kernel, C / groups)``.
 
     A view where no tap is left out or turned round; the zero point becomes one per channel of C, or stays a scalar.
     """
-    taps = [d.taps for d in residue.dims]
-    picked = w.data
-    for axis, (order, count) in enumerate(zip(taps, w.data.shape[1:-1], strict=True), start=1):
-        # A residue class takes every so manieth tap, the last one first.
-        distance = order[0] - order[1] if len(order) > 1 else count
-        if len(order) < count:
-            picked = picked.narrow(axis, order[-1], count - order[-1])
-            picked = picked[(slice(None),) * axis + (slice(None, len(order) * distance, distance),)]
-    turned = [axis for axis, order in enumerate(taps, start=1) if len(order) > 1]
+    picked, turned = taps_of(w.data, residue), turned_axes(residue)
     picked = picked.flip(turned) if turned else picked
     zero = w.zero_point
     if zero is not None and zero.dim() == 1:

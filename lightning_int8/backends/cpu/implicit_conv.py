@@ -58,18 +58,25 @@ class Plan(NamedTuple):
         padding: (before, after) per axis of the data, of which there is at least one; None where windows are one tap
             of whole quads: those are copied and made unsigned a few at a time, others read where they lie.
         targets: int64: where each position of a sample belongs in one of the result.
+        turned: Axes of the weight whose taps come in the opposite order.
         parts: Groups of channels and their windows.
     """
 
     padding: tuple[tuple[int, int], ...] | None
     targets: np.ndarray
+    turned: tuple[int, ...]
     parts: list[tuple[Block, _Windows]]
 
 
 def plan(
-    correlation: Correlation, size: tuple[int, ...], channels: int, out_channels: int, targets: np.ndarray
+    correlation: Correlation,
+    size: tuple[int, ...],
+    channels: int,
+    out_channels: int,
+    targets: np.ndarray,
+    turned: tuple[int, ...],
 ) -> Plan:
-    """The plan for data ``(N, *size, channels)``; see ``Plan`` for the targets."""
+    """The plan for data ``(N, *size, channels)``; see ``Plan`` for the last two."""
     is_single = all(n == 1 for n in correlation.taps) and channels // correlation.groups % QUAD == 0
     is_signed = is_single and all(p == (0, 0) for p in correlation.padding)
     padded = (n + lo + hi for n, (lo, hi) in zip(size, correlation.padding, strict=True))
@@ -78,7 +85,7 @@ def plan(
         (block, _windows(correlation, shape, block.inputs.start, block.inputs.stop, is_signed))
         for block in blocks(correlation.groups, channels, out_channels)
     ]
-    return Plan(None if is_signed else correlation.padding or ((0, 0),), targets, parts)
+    return Plan(None if is_signed else correlation.padding or ((0, 0),), targets, turned, parts)
 
 
 def correlate(
@@ -108,7 +115,7 @@ def correlate(
     for block, windows in plan.parts:
         is_all = block.groups == len(plan.parts) == 1
         own = weight if is_all else block.weight(Plane(weight, torch.ones(())))
-        packed = panels.of_weight(own, windows.runs, windows.run)
+        packed = panels.of_weight(own, windows.runs, windows.run, plan.turned)
         columns = block.out_count
         starts = _column_sums(packed, windows.runs, windows.quads, columns) * -(int(UNSIGNED) + fill)
         factors = _factors(scales, block, len(starts))

@@ -19,7 +19,9 @@ from lightning_int8.backends.cpu.correlation import (
     grid_offsets,
     output_correlation,
     residue_correlation,
+    taps_of,
     transposed_weight,
+    turned_axes,
 )
 from lightning_int8.backends.cpu.gemm import CENTRED_LIMIT, RAW_LIMIT
 from lightning_int8.backends.cpu.passes import compiled_pass
@@ -136,7 +138,11 @@ def _windowed(
         result.zero_()
     assert IMPLICIT is not None
     for residue, plan in parts:
-        weight = w if residue is None else transposed_weight(Plane(w, _ONE), residue, geometry.groups).data
+        weight = w
+        if residue is not None and geometry.groups == 1:
+            weight = taps_of(w, residue).transpose(0, -1)  # turned while it is packed
+        elif residue is not None:
+            weight = transposed_weight(Plane(w, _ONE), residue, geometry.groups).data
         IMPLICIT.correlate(data, zero, weight, plan, scales, result)
     return result
 
@@ -152,7 +158,7 @@ def _parts(
     assert IMPLICIT is not None
     if contraction == "output":
         places = grid_offsets(geometry.output_size, _strides(geometry.output_size, out_channels)).numpy()
-        plan = IMPLICIT.plan(output_correlation(geometry), geometry.input_size, channels, out_channels, places)
+        plan = IMPLICIT.plan(output_correlation(geometry), geometry.input_size, channels, out_channels, places, ())
         return [(None, plan)], True
     residues, strides = geometry.residues(), _strides(geometry.input_size, out_channels)
     parts: list[tuple[Residue | None, Any]] = []
@@ -162,7 +168,9 @@ def _parts(
             begin = sum(d.first * s for d, s in zip(residue.dims, strides, strict=True))
             places = grid_offsets([d.size for d in residue.dims], steps).numpy() + begin
             correlation = residue_correlation(residue, geometry.groups)
-            parts.append((residue, IMPLICIT.plan(correlation, geometry.output_size, channels, out_channels, places)))
+            turned = tuple(turned_axes(residue)) if geometry.groups == 1 else ()
+            plan = IMPLICIT.plan(correlation, geometry.output_size, channels, out_channels, places, turned)
+            parts.append((residue, plan))
     return parts, len(parts) == len(residues)
 
 

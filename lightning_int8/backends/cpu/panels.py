@@ -22,6 +22,7 @@ from lightning_int8.backends.cpu.correlation import grid_offsets
 from lightning_int8.backends.cpu.llvm import load_lanes, place_in, splat_of, store_lanes
 from lightning_int8.backends.cpu.microkernel import LANES, QUAD, WIDTH
 from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.cpu.transpose import transpose_words
 
 AT_ONCE = 64
 """Bytes of each of four rows that are interleaved at a time."""
@@ -36,13 +37,14 @@ _PRESENT = np.array([0, 0xFF, 0xFFFF, 0xFFFFFF, 0xFFFFFFFF], np.uint32)
 _SMALLEST_PIECE = 1 << 16  # quads that are worth a thread
 
 
-def of_weight(weight: Tensor, runs: int, run: int) -> np.ndarray:
+def of_weight(weight: Tensor, runs: int, run: int, turned: tuple[int, ...] = ()) -> np.ndarray:
     """Panels ``(panel, run, quad, WIDTH, QUAD)``, as uint8, of columns and what they sum.
 
     Args:
         weight: int8 ``(columns, *taps, C)``, any strides.
         runs: Runs of a window.
         run: Bytes of a run: the taps and channels of a column are ``runs · run``.
+        turned: Axes of the weight along which the last tap comes first.
     """
     columns, channels = weight.shape[0], weight.shape[-1]
     quads = -(-run // QUAD)
@@ -54,26 +56,30 @@ def of_weight(weight: Tensor, runs: int, run: int) -> np.ndarray:
         out.fill(0)
     by_panel = out.view(np.uint32).reshape(count, -1)
     if weight.stride(0) == 1 and channels % QUAD == 0:
-        begins, places, extent = _quads_of_rows(tuple(weight.shape), weight.stride())
+        begins, places, extent = _quads_of_rows(tuple(weight.shape), weight.stride(), turned)
         flat = weight.as_strided((extent,), (1,)).numpy().view(np.uint8)
         work = partial(_interleave_columns, flat, begins, weight.stride(-1), columns, by_panel, places)
 
     else:
-        rows = weight.reshape(columns, runs, run)
+        rows = (weight.flip(turned) if turned else weight).reshape(columns, runs, run)
         if run % QUAD:
             rows = torch.nn.functional.pad(rows, (0, -run % QUAD))
         as_words = as_array(rows.contiguous()).view(np.uint32).reshape(columns, -1)
-        work = partial(_transpose_words, as_words, by_panel)
+        work = partial(transpose_words, as_words, by_panel)
 
     split(work, count, -(-_SMALLEST_PIECE // (words * WIDTH)))
     return out
 
 
 @lru_cache(maxsize=1024)
-def _quads_of_rows(sizes: tuple[int, ...], strides: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, int]:
+def _quads_of_rows(
+    sizes: tuple[int, ...], strides: tuple[int, ...], turned: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Of ``(columns, *taps, C)``: where the first row of each quad begins, where it belongs, and the length of all."""
     extent = 1 + sum((n - 1) * s for n, s in zip(sizes, strides, strict=True))
-    begins = grid_offsets((*sizes[1:-1], sizes[-1] // QUAD), (*strides[1:-1], strides[-1] * QUAD)).numpy()
+    steps = [-s if axis in turned else s for axis, s in enumerate(strides)]
+    begins = grid_offsets((*sizes[1:-1], sizes[-1] // QUAD), (*steps[1:-1], steps[-1] * QUAD)).numpy()
+    begins = begins + sum((sizes[axis] - 1) * strides[axis] for axis in turned)
     return begins, np.arange(len(begins)) * WIDTH, extent
 
 
@@ -253,22 +259,3 @@ def _interleave_columns(data, begins, stride, columns, out, places, first, last)
         count = min(WIDTH, columns - p * WIDTH)
         there = places, 0, 0, 0, AT_ONCE, AT_ONCE
         interleave(data[p * WIDTH :], begins, stride, QUAD, NO_FLIP, count, out[p], *there, 0, begins.size)
-
-
-@compiled
-def _transpose_words(rows, out, first, last):
-    """Words of rows side by side: word w of row r to ``out[r // WIDTH, w * WIDTH + r % WIDTH]``.
-
-    Args:
-        rows: uint32 ``(rows, words)``.
-        out: uint32 ``(panels, words · WIDTH)``; what no row reaches is left.
-        first: First panel.
-        last: Behind the last one.
-    """
-    count, words = rows.shape
-    for p in range(first, last):
-        panel, row = out[p], p * WIDTH
-        for begin in range(0, words, 16):  # a line of the cache
-            for r in range(min(WIDTH, count - row)):
-                for w in range(begin, min(begin + 16, words)):
-                    panel[w * WIDTH + r] = rows[row + r, w]

@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from lightning_int8.backends.cpu.llvm import narrowed, place_in, splat_of, store_floats, store_lanes, widened
+from lightning_int8.backends.cpu.llvm import narrowed, operation, place_in, splat_of, store_floats, store_lanes, widened
 from lightning_int8.backends.cpu.microkernel import (
     BYTES,
     FLOATS,
@@ -162,7 +162,8 @@ def write_tile(
                 for r in range(ROWS):
                     is_own = builder.icmp_signed("<", builder.add(i, number(r)), count)
                     d = builder.select(is_own, builder.fsub(results[r * vectors + v], pivot), nothing)
-                    total, squares = builder.fadd(total, d), builder.fadd(squares, builder.fmul(d, d))
+                    total = builder.fadd(total, d)
+                    squares = operation(builder, f"llvm.fma.v{LANES}f32", FLOATS, d, d, squares)
                 for place, value in zip(places_of, (total, squares), strict=True):
                     builder.store(value, place, align=4)
 
