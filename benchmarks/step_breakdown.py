@@ -111,6 +111,7 @@ def _functions() -> Iterator[tuple[Any, str, str]]:
     """Owner, name and category of each function of ours."""
     yield OneDNN, "_contract", CONTRACTIONS
     yield OneDNN, "quantize", QUANTIZE
+    yield OneDNN, "quantize_both", QUANTIZE
     for name in EXPRESSION_PASSES:
         module = compiled_pass(name)
         if module is not None:

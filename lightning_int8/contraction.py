@@ -209,7 +209,7 @@ class _Contraction(torch.autograd.Function):
         grad_x = grad_w = grad_bias = None
         with torch.autocast(grad_output.device.type, enabled=False):
             g = _canonical(grad_output, ctx.geometry, backend)
-            if ctx.needs_input_grad[2] and backend.fuses and g.dtype in FLOAT_DTYPES:
+            if ctx.needs_input_grad[2] and state.fuse and backend.fuses and g.dtype in FLOAT_DTYPES:
                 g = g if isinstance(g, Expression) else Expression((Term(g.detach().contiguous()),))
                 g.summed = True
             if saved_w is not None:

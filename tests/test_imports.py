@@ -27,6 +27,7 @@ ORDER = (
     {"fusion"},
     {"layer_call", "layer_times"},
     {"clock", "bit_width", "operand"},
+    {"planes"},
     {"contraction", "sync"},
     {"layers", "comparison"},
     {"report", "steering"},

@@ -186,7 +186,8 @@ def burning(function, seconds):
 @pytest.mark.parametrize(
     ("owner", "name", "category", "calls"),
     [
-        (OneDNN, "quantize", "quantize", 28 + 1),  # x and w of ten layers; g of nine that are asked for both gradients
+        (OneDNN, "quantize", "quantize", 10 + 1 + 10),  # x and g of ten layers; w of the first
+        (OneDNN, "quantize_both", "quantize", 9),  # w of those that are asked for both gradients
         (OneDNN, "_contract", "contractions", 29),
         (nn.functional, "cross_entropy", "rest", 1),
     ],
