@@ -59,14 +59,12 @@ def of_weight(weight: Tensor, runs: int, run: int, turned: tuple[int, ...] = ())
         begins, places, extent = _quads_of_rows(tuple(weight.shape), weight.stride(), turned)
         flat = weight.as_strided((extent,), (1,)).numpy().view(np.uint8)
         work = partial(_interleave_columns, flat, begins, weight.stride(-1), columns, by_panel, places)
-
     else:
         rows = (weight.flip(turned) if turned else weight).reshape(columns, runs, run)
         if run % QUAD:
             rows = torch.nn.functional.pad(rows, (0, -run % QUAD))
         as_words = as_array(rows.contiguous()).view(np.uint32).reshape(columns, -1)
         work = partial(transpose_words, as_words, by_panel)
-
     split(work, count, -(-_SMALLEST_PIECE // (words * WIDTH)))
     return out
 
