@@ -30,7 +30,7 @@ class LayerState:
         name: Name of the layer in the model that was converted.
         recipe: Its numerics.
         backend: Choice of backend, resolved at each call by the device of the input.
-        fuse: Whether a convolution may return a deferred tensor.
+        fuse: Whether a convolution may return a deferred tensor, and the gradient of a bias be summed along the way.
         clock: Steps of the model, shared by its layers.
         operands: Operand of each slot; slots may share one.
         counts: Contractions executed.

@@ -82,6 +82,8 @@ class Statistics:
 class BothAxes(Statistics):
     """``STATISTICS`` of a weight whose maxima are wanted along axis 0 and along axis -1: one pass finds both.
 
+    Whoever asks twice gets the same tensor, which must not be changed in place.
+
     Args:
         x: The weight.
     """

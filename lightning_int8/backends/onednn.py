@@ -88,7 +88,10 @@ class OneDNN(Backend):
         plain = isinstance(x, Tensor) and x.dtype == torch.float32 and x.is_contiguous() and x.numel() > 0
         if BOTH_AXES is None or not plain or (first.axis, second.axis) != (0, -1):
             return super().quantize_both(x, first, second)
-        if any(r.spec.bits != 8 or r.spec.affine or r.spec.rounding != "nearest" for r in (first, second)):
+        by_channel = all(r.clip_value.shape == (x.shape[r.axis or 0],) for r in (first, second))
+        if not by_channel or any(
+            r.spec.bits != 8 or r.spec.affine or r.spec.rounding != "nearest" for r in (first, second)
+        ):
             return super().quantize_both(x, first, second)
         return BOTH_AXES.quantize_both(x, first.clip_value, second.clip_value)
 

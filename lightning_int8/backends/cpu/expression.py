@@ -228,6 +228,11 @@ class Expression:
         """float64 ``(C,)`` sums over all but the channels."""
         return passes().channel_sums(self, None, None)[0] if self._sums is None else self._sums
 
+    @property
+    def is_summed_up(self) -> bool:
+        """Whether its channel sums are known."""
+        return self._sums is not None
+
     def summed_up(self, sums: Tensor) -> None:
         """Take over the channel sums that a pass has computed along with something else."""
         self._sums = sums
