@@ -45,7 +45,7 @@ class ConvGeometry:
     @staticmethod
     @lru_cache(maxsize=4096)
     def of_integers(integers: tuple[int, ...]) -> ConvGeometry:
-        """The geometry of ``as_integers``; always the same object."""
+        """The geometry of ``as_integers``."""
         dims = len(integers) // 6
         fields = [integers[k * dims : (k + 1) * dims] for k in range(4)]
         padding = integers[4 * dims : 6 * dims]

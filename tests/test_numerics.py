@@ -398,6 +398,16 @@ def test_a_weight_is_measured_and_rounded_along_both_axes_at_once(data):
         assert_bit_equal(made, eager(x, request.clip_value, axis=request.axis))
 
 
+@pytest.mark.parametrize("affine", [False, True])
+def test_maps_that_a_validation_has_met_first_serve_training(affine):
+    x, clip_value = torch.randn(4, 8), torch.rand(2 if affine else ())
+    with torch.inference_mode():
+        fused(x, clip_value, affine=affine)
+    (plane,) = fused(x, clip_value, affine=affine).planes  # found again by its clip value
+    assert not plane.scale.is_inference()
+    assert plane.zero_point is None or not plane.zero_point.is_inference()
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_both_planes_of_a_weight_take_one_walk(threads, monkeypatch):
     pytest.importorskip("numba")

@@ -29,8 +29,7 @@ SMALLEST_TIMED = 1 << 18
 SHAPES_TIMED = 8
 """Input shapes of one layer that are timed; later ones, of a net whose inputs vary, follow the last of them."""
 
-
-_MOST_FOUND = 4096  # problems looked up without asking each route; a net with more of them starts over
+_MOST_FOUND = 4096  # problems that are looked up without asking each route; a net with more of them starts over
 
 
 class Choice:

@@ -125,6 +125,7 @@ class Expression:
         mask: To be filled when the rectified sum is computed.
         kept: Whether whoever computes this keeps its values too, because they are likely to be wanted again.
         summed: Whether whoever quantizes this sums its channels too, because somebody will want that.
+        sums: Those sums, see ``channel_sums``; None where nobody has computed them along with something else.
         moments: float64 ``(2, C)``: mean and biased variance of each channel; None where nobody has computed them yet.
     """
 
@@ -148,7 +149,7 @@ class Expression:
         self.kept = kept
         self.summed = False
         self.moments = moments
-        self._sums: Tensor | None = None
+        self.sums: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -226,16 +227,7 @@ class Expression:
 
     def channel_sums(self) -> Tensor:
         """float64 ``(C,)`` sums over all but the channels."""
-        return passes().channel_sums(self, None, None)[0] if self._sums is None else self._sums
-
-    @property
-    def is_summed_up(self) -> bool:
-        """Whether its channel sums are known."""
-        return self._sums is not None
-
-    def summed_up(self, sums: Tensor) -> None:
-        """Take over the channel sums that a pass has computed along with something else."""
-        self._sums = sums
+        return passes().channel_sums(self, None, None)[0] if self.sums is None else self.sums
 
 
 def values_of(x: Tensor | Expression) -> Tensor:

@@ -149,7 +149,7 @@ def _width_and_stride(correlation: Correlation, channels: int) -> tuple[int, int
     return panels.slab_width(channels) if is_split else channels, correlation.step[-1]
 
 
-class _Windows(NamedTuple):
+class _WindowsOfFours(NamedTuple):
     """The windows of four samples at a time, as pieces of equally distant ones.
 
     Attributes:
@@ -166,7 +166,7 @@ class _Windows(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _windows(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int) -> _Windows:
+def _windows(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int) -> _WindowsOfFours:
     """Windows of some channels of x ``shape``."""
     samples, *spatial, channels = shape
     padded = [n + lo + hi for n, (lo, hi) in zip(spatial, correlation.padding, strict=True)]
@@ -187,7 +187,7 @@ def _windows(correlation: Correlation, shape: tuple[int, ...], first: int, stop:
     table = _panel_table((of_rows[:, None] + in_row).reshape(-1), own, int(own[1].sum()))
     begins = grid_offsets(outer, [s * n for s, n in zip(rows, correlation.step, strict=False)]).numpy()
     begins = (np.arange(fours)[:, None] * sample + begins).reshape(-1)
-    return _Windows(begins, length, correlation.step[-1] // stride * position, table)
+    return _WindowsOfFours(begins, length, correlation.step[-1] // stride * position, table)
 
 
 def _of_windows(

@@ -189,10 +189,10 @@ def _quantize_expression(expression: Expression, own: Any, spec: OperandSpec, ke
         tops = split_blocks(lambda first, last: _segment(source, first, last, *own, *rest), count, block)
     else:
         rounding = (*own[:3], own[3] if spec.affine else None, stochastic, keys, out[0])
-        if expression.summed and not expression.is_summed_up:
+        if expression.summed and expression.sums is None:
             nothing = nothing_to_multiply(expression)
             found = split_blocks(lambda *ends: product_sums(source, *ends, block, *nothing, rounding), count, block)
-            expression.summed_up(of_channels([sums for sums, _ in found], channels)[0])
+            expression.sums = of_channels([sums for sums, _ in found], channels)[0]
             tops = [top for _, top in found]
         else:
             tops = split_blocks(lambda *ends: round_all(source, *ends, block, rounding), count, block)
