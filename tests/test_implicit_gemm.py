@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -243,9 +244,23 @@ def kind_of_threads(request, four_threads, monkeypatch):
 
 
 def split_until_interrupted(delay):
-    threading.Timer(delay, signal.raise_signal, (signal.SIGINT,)).start()
-    while True:
-        threads.split(lambda a, b: sum(range(100)), 4, 1)
+    stopped = threading.Event()
+
+    def interrupt():
+        # A second time for one that struck in a finalizer or a callback of the garbage collector, which swallow it.
+        for seconds in (delay, 10.0):
+            if not stopped.wait(seconds):
+                signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    end = time.monotonic() + 30
+    try:
+        thread.start()
+        while time.monotonic() < end:
+            threads.split(lambda a, b: sum(range(100)), 4, 1)
+    finally:
+        stopped.set()
+        thread.join()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
