@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -243,29 +242,22 @@ def kind_of_threads(request, four_threads, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def default_interrupts():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background begin without
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def split_until_interrupted(delay):
-    stopped = threading.Event()
-
-    def interrupt():
-        # A second time for one that struck in a finalizer or a callback of the garbage collector, which swallow it.
-        for seconds in (delay, 10.0):
-            if not stopped.wait(seconds):
-                signal.raise_signal(signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    end = time.monotonic() + 30
-    try:
-        thread.start()
-        while time.monotonic() < end:
-            threads.split(lambda a, b: sum(range(100)), 4, 1)
-    finally:
-        stopped.set()
-        thread.join()
+    threading.Timer(delay, signal.raise_signal, (signal.SIGINT,)).start()
+    while True:
+        threads.split(lambda a, b: sum(range(100)), 4, 1)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("delay", [0.0, 0.001, 0.01])
-def test_an_interrupt_is_an_interrupt(delay, four_threads):
+def test_an_interrupt_is_an_interrupt(delay, four_threads, default_interrupts):
     """Wherever it strikes: in the work, or before the first line of a thread's own code."""
     if threads._openmp() is None:
         pytest.skip("torch has no OpenMP runtime here")
