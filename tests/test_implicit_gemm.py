@@ -1,5 +1,6 @@
 """Our own INT8 product on the CPU: what it packs, what it sums, and the threads that it runs on."""
 
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from lightning_int8.backends.cpu.passes import compiled_pass
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.backends.form import FLOAT32, Form
 from lightning_int8.geometry import ConvGeometry
-from lightning_int8.numerics import Plane
+from lightning_int8.numerics import LOWER_PLANE_MAX, Plane
 
 panels, implicit_conv = compiled_pass("panels"), compiled_pass("implicit_conv")
 
@@ -185,19 +186,85 @@ def test_expanded_weights_are_read_rightly():
     assert torch.equal(sums.long(), x.long() @ w.long().t())
 
 
-def test_sums_beyond_int32_are_split(monkeypatch):
-    monkeypatch.setattr(implicit_route, "RAW_LIMIT", 40)
+LONG = {
+    "windows": ((11, 4, 5, 3), 5, (2, 2), 1, 1),
+    "strided windows": ((6, 9, 11, 3), 7, (3, 3), 2, 1),
+    "groups": ((5, 6, 6, 8), 6, (3, 3), 1, 2),
+    "points": ((11, 4, 5, 3), 5, (1, 1), 1, 1),
+    "products": ((137, 9), 5, (), 1, 1),
+}
+
+
+@pytest.mark.parametrize("zero", [None, -77])
+@pytest.mark.parametrize("case", LONG)
+def test_sums_beyond_int32_are_added_to_wider_ones(case, zero, monkeypatch):
+    (batch, *size, channels), out_channels, kernel, stride, groups = LONG[case]
     geometry = ConvGeometry(
-        input_size=(4, 5), kernel_size=(2, 2), stride=(1, 1), padding=((0, 0),) * 2, dilation=(1, 1), groups=1
+        input_size=tuple(size),
+        kernel_size=kernel if size else (),
+        stride=(stride,) * len(size),
+        padding=((1, 0),) * len(size) if kernel == (3, 3) else ((0, 0),) * len(size),
+        dilation=(1,) * len(size),
+        groups=groups,
     )
     one = torch.ones(())
-    g, x = Plane(bytes_of((11, 3, 4, 5)), one), Plane(bytes_of((11, 4, 5, 3), 1), one)
+    g = Plane(bytes_of((batch, *geometry.output_size, out_channels)), one)
+    x = Plane(bytes_of((batch, *size, channels), 1), one, None if zero is None else torch.tensor(zero).int())
+    expected = Im2col(Gemm(int_matmul.exact_matmul())).run("grad_weight", g, x, geometry)
+    for limit in (20, 49, 200):
+        monkeypatch.setattr(implicit_route, "RAW_LIMIT", limit)
+        monkeypatch.setattr(implicit_route, "CENTRED_LIMIT", limit)
+        own = implicit_route.Implicit()
+        assert own.supports("grad_weight", g, x, geometry, scaled=False) == (
+            limit >= 4 * (1, *geometry.output_size)[-1]
+        )
+        if limit < 4 * (1, *geometry.output_size)[-1]:
+            continue
+        sums = own.run("grad_weight", g, x, geometry)
+        is_long = batch * math.prod(geometry.output_size) > limit
+        assert sums.dtype == (torch.int64 if is_long else torch.int32)
+        assert torch.equal(sums.long(), expected.long())
+        scales = Scales(torch.rand(out_channels), torch.tensor(0.3))
+        scaled = own.run("grad_weight", g, x, geometry, scales)
+        factors = scales.left.view(-1, *[1] * (expected.dim() - 1))
+        assert torch.equal(scaled, expected.float() * factors * scales.right)
+
+
+def test_sums_that_int32_does_not_hold_are_right():
+    """All operands as large as can be, over more positions than int32 has room for."""
+    geometry = ConvGeometry(
+        input_size=(300, 450), kernel_size=(3, 3), stride=(1, 1), padding=((1, 1),) * 2, dilation=(1, 1), groups=1
+    )
+    one = torch.ones(())
+    g, x = (Plane(torch.full((1, 300, 450, 3), -LOWER_PLANE_MAX, dtype=torch.int8), one) for _ in range(2))
     sums = implicit_route.Implicit().run("grad_weight", g, x, geometry)
-    assert sums.dtype == torch.int64
-    assert torch.equal(sums, Im2col(Gemm(int_matmul.exact_matmul())).run("grad_weight", g, x, geometry).long())
-    scales = Scales(torch.rand(5), torch.tensor(0.3))
-    scaled = implicit_route.Implicit().run("grad_weight", g, x, geometry, scales)
-    assert torch.equal(scaled, sums.float() * scales.left.view(-1, 1, 1, 1) * scales.right)
+    assert sums[0, 1, 1, 0] == 300 * 450 * LOWER_PLANE_MAX**2 > torch.iinfo(torch.int32).max
+    assert sums[0, 0, 0, 0] == 299 * 449 * LOWER_PLANE_MAX**2
+
+
+@examples
+@given(
+    st.integers(1, 9),
+    st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    st.integers(1, 9),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.booleans(),
+)
+def test_few_channels_share_panels(samples, kernel, channels, stride, padded):
+    """Their windows are copied side by side where that fills panels better."""
+    geometry = ConvGeometry(
+        input_size=(9, 11),
+        kernel_size=kernel,
+        stride=stride,
+        padding=((2, 1), (0, 2)) if padded else ((0, 0),) * 2,
+        dilation=(1, 1),
+        groups=1,
+    )
+    one = torch.ones(())
+    g = Plane(bytes_of((samples, *geometry.output_size, 9)), one)
+    x = Plane(bytes_of((samples, 9, 11, channels), 1), one, torch.tensor(-5, dtype=torch.int32))
+    sums = implicit_route.Implicit().run("grad_weight", g, x, geometry)
+    assert torch.equal(sums, Im2col(Gemm(int_matmul.exact_matmul())).run("grad_weight", g, x, geometry))
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets
 from lightning_int8.backends.cpu.implicit_conv import BLOCK_BYTES, SMALLEST_PIECE, pieces_of
-from lightning_int8.backends.cpu.microkernel import QUAD, ROWS, WIDTH
+from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH
 from lightning_int8.backends.cpu.route import Scales
 from lightning_int8.backends.cpu.threads import split
 from lightning_int8.backends.group_blocks import Block, blocks
@@ -23,11 +23,18 @@ from lightning_int8.backends.group_blocks import Block, blocks
 _MOST_CHANNELS = 384  # rows that share a panel
 _PANEL_BYTES = 20 << 10  # of a panel that all rows are multiplied with: they stay in the first-level cache, beside rows
 _SUM_BYTES = 1 << 20  # sums that block after block is added to: they stay in the second-level cache
+_NO_RUNS = np.zeros(0, np.int64)
 _FEWEST_QUADS = 48  # of a matrix product that are added to them at a time
 
 
 def grad_weight(
-    g: Tensor, x: Tensor, zero: Tensor | None, correlation: Correlation, scales: Scales | None, dtype: torch.dtype
+    g: Tensor,
+    x: Tensor,
+    zero: Tensor | None,
+    correlation: Correlation,
+    scales: Scales | None,
+    dtype: torch.dtype,
+    longest: int,
 ) -> Tensor:
     """The sums ``(Co, taps · C / groups)``, scaled if there are scales.
 
@@ -37,7 +44,8 @@ def grad_weight(
         zero: Zero point of x ``()``, or None.
         correlation: The windows of x that g is about.
         scales: See ``Scales``.
-        dtype: float32 or bfloat16 with ``scales``, else int32.
+        dtype: float32 or bfloat16 with ``scales``, else int32; sums of more than ``longest`` products are int64.
+        longest: Products over which int32 holds the sums.
     """
     assert g.is_contiguous()
     assert x.is_contiguous()
@@ -46,19 +54,39 @@ def grad_weight(
         # Only the positions of x that have a window.
         spans = zip(correlation.size, correlation.step, strict=True)
         with_window = (slice(None), *(slice(0, (count - 1) * step + 1, step) for count, step in spans))
-        x = x[with_window].contiguous()
-        compute = partial(_of_product, g, x)
+        g, x = (t.flatten(0, -2) for t in (g, x[with_window].contiguous()))
+    is_long = prod(g.shape[:-1]) > longest
+    own_blocks = blocks(correlation.groups, x.shape[-1], g.shape[-1])
+    if is_long:
+        # What is packed of a large batch should not take as much memory as the batch.
+        samples = max(QUAD, longest // prod(g.shape[1:-1]) // QUAD * QUAD)
+        ends = [_ends(g[..., b.outputs], None, None, b) for b in own_blocks]
+        results = [torch.zeros(b.out_count, prod(correlation.taps) * b.in_count, dtype=torch.int64) for b in own_blocks]
     else:
-        width, stride = _width_and_stride(correlation, x.shape[-1])
-        quads = panels.of_samples(x, correlation.padding, 0 if zero is None else int(zero), width, stride)
-        compute = partial(_of_windows, g, tuple(x.shape), quads, correlation)
-    results = []
-    for block in blocks(correlation.groups, x.shape[-1], g.shape[-1]):
-        ends = _ends(g[..., block.outputs], zero, scales and scales._replace(left=block.out(scales.left)))
-        result = empty(block.out_count, prod(correlation.taps) * block.in_count, dtype=dtype)
-        compute(block, ends, result)
-        results.append(block.diagonal(result))
-    return results[0] if len(results) == 1 else torch.cat(results)
+        samples = len(g)
+        ends = [_ends(g[..., b.outputs], zero, scales, b) for b in own_blocks]
+        results = [empty(b.out_count, prod(correlation.taps) * b.in_count, dtype=dtype) for b in own_blocks]
+    for own_g, own_x in zip(g.split(samples), x.split(samples), strict=True):
+        if is_product:
+            compute = partial(_of_product, own_g, own_x)
+        else:
+            width, stride = _width_and_stride(correlation, x.shape[-1])
+            quads = panels.of_samples(own_x, correlation.padding, 0 if zero is None else int(zero), width, stride)
+            compute = partial(_of_windows, own_g, tuple(own_x.shape), quads, correlation, longest)
+        for part in zip(own_blocks, ends, results, strict=True):
+            compute(*part)
+    parts = [b.diagonal(result) for b, result in zip(own_blocks, results, strict=True)]
+    result = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return _finished(result, g, zero, scales, dtype) if is_long else result
+
+
+def _finished(sums: Tensor, g: Tensor, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype) -> Tensor:
+    """int64 sums with all that ``_Ends`` would have done."""
+    if zero is not None:
+        sums -= centre.row_sums(g.flatten(0, -2).t()).long()[:, None] * zero
+    if scales is None:
+        return sums
+    return sums.to(torch.float32).mul_(scales.left.reshape(-1, 1)).mul_(scales.right).to(dtype)
 
 
 class _Ends(NamedTuple):
@@ -73,13 +101,13 @@ class _Ends(NamedTuple):
     taken_off: np.ndarray
 
 
-def _ends(g: Tensor, zero: Tensor | None, scales: Scales | None) -> _Ends:
+def _ends(g: Tensor, zero: Tensor | None, scales: Scales | None, block: Block) -> _Ends:
     taken_off = np.zeros(g.shape[-1], np.int32)
     if zero is not None:
         taken_off = (centre.row_sums(g.flatten(0, -2).t()) * zero).to(torch.int32).numpy()
     if scales is None:
         return _Ends((np.float32(1), np.float32(1)), taken_off)
-    left = scales.left
+    left = block.out(scales.left)
     own = np.float32(left.item()) if left.dim() == 0 else left.contiguous().numpy()
     return _Ends((own, np.float32(scales.right.item())), taken_off)
 
@@ -156,13 +184,16 @@ class _WindowsOfFours(NamedTuple):
         begins: int64, where the first window of each piece begins, in bytes.
         length: Windows of a piece.
         step: Their distance in bytes.
-        table: See ``_panel_table``.
+        table: See ``_panel_table``; of copied windows where there are any.
+        runs: int64, bytes from a window: the runs of columns that are copied side by side, where that fills panels
+            better; none where windows are read where they lie.
     """
 
     begins: np.ndarray
     length: int
     step: int
     table: np.ndarray
+    runs: np.ndarray
 
 
 @lru_cache(maxsize=1024)
@@ -179,15 +210,18 @@ def _windows(correlation: Correlation, shape: tuple[int, ...], first: int, stop:
     sample, *rows, position = distances
     fours = -(-samples // QUAD)
     own = _slabs(first, stop, pitch, fours * sample)
+    of_rows = grid_offsets(taps, [s * n for s, n in zip(rows, correlation.tap_step, strict=False)]).numpy()
+    runs = _NO_RUNS
     if _shares_panels(correlation, channels):
         run, across = across * channels, 1
+        if -(-len(of_rows) * run // LANES) < len(of_rows) * -(-run // LANES):
+            runs, of_rows, run = of_rows, np.zeros(1, np.int64), len(of_rows) * run
         own = _slabs(0, run, run, 0)
-    of_rows = grid_offsets(taps, [s * n for s, n in zip(rows, correlation.tap_step, strict=False)]).numpy()
     in_row = panels.sorted_places(np.arange(across) * correlation.tap_step[-1], padded[-1], stride) * position
     table = _panel_table((of_rows[:, None] + in_row).reshape(-1), own, int(own[1].sum()))
     begins = grid_offsets(outer, [s * n for s, n in zip(rows, correlation.step, strict=False)]).numpy()
     begins = (np.arange(fours)[:, None] * sample + begins).reshape(-1)
-    return _WindowsOfFours(begins, length, correlation.step[-1] // stride * position, table)
+    return _WindowsOfFours(begins, length, correlation.step[-1] // stride * position, table, runs)
 
 
 def _of_windows(
@@ -195,6 +229,7 @@ def _of_windows(
     shape: tuple[int, ...],
     quads: np.ndarray,
     correlation: Correlation,
+    longest: int,
     block: Block,
     ends: _Ends,
     result: Tensor,
@@ -202,15 +237,24 @@ def _of_windows(
     """``grad_weight`` of windows of x ``shape``, which is packed."""
     windows, out = _windows(correlation, shape, block.inputs.start, block.inputs.stop), as_array(result)
     threads, table, out_channels = torch.get_num_threads(), windows.table, block.out_count
-    # As many parts of the channels as it takes to give every thread panels of its own, and to stay in cache.
-    wanted = max(-(-threads // len(table)), -(-out_channels // _MOST_CHANNELS))
+    is_copied, columns = len(windows.runs) > 0, int(table[:, 1].sum())
+    window = -(-columns // LANES) * LANES
+    step = window * QUAD if is_copied else windows.step
+    # As many parts of the channels as it takes to give every thread panels of its own, and to stay in cache. Who copies
+    # windows multiplies with all of them.
+    wanted = max(-(-threads // (1 if is_copied else len(table))), -(-out_channels // _MOST_CHANNELS))
     channels = -(-out_channels // min(wanted, out_channels))
     parts, height = -(-out_channels // channels), -(-(channels + 1) // ROWS) * ROWS
     left_step, count, length = height * QUAD, len(windows.begins), windows.length
-    panel_step = min(windows.step, int(table[:, 1].max()) * QUAD)
+    panel_step = min(step, int(table[:, 1].max()) * QUAD)
     rounds = max(panel_step / _PANEL_BYTES, left_step / BLOCK_BYTES) * count * length
     at_once = -(-count // max(1, round(rounds)))
-    pieces = pieces_of(np.arange(count) % at_once * length * left_step, windows.begins)
+    most = count
+    if result.dtype == torch.int64:
+        at_once = min(at_once, longest // (length * QUAD))
+        most = longest // (length * QUAD) // at_once * at_once
+    places = np.arange(count) % at_once * length
+    pieces = pieces_of(places * left_step, places * step if is_copied else windows.begins)
     flat = g.reshape(-1)[block.outputs.start :].view(torch.uint8).numpy()
     begins = np.arange(correlation.positions) * g.shape[-1]
     groups = max(-(-threads // parts), -(-len(table) * height * WIDTH * 4 // _SUM_BYTES))
@@ -220,13 +264,16 @@ def _of_windows(
     def work(first: int, last: int) -> None:
         sums = empty(group * height * WIDTH, dtype=torch.int32).numpy()
         packed = empty(at_once * length * height, dtype=torch.int32).numpy().view(np.uint32)
+        copies = None
+        if is_copied:
+            room = empty(at_once * length * window + LANES, dtype=torch.int32).numpy().view(np.uint32)
+            copies = (windows.begins, windows.runs, columns // len(windows.runs), room, window)
         for unit in range(first, last):
             part, own_panels = unit // groups, table[unit % groups * group :][:group]
             channel = part * channels
             own_channels = (min(channels, out_channels - channel), channel, height)
-            operands = (flat, len(g), g[0].numel(), begins, packed), (quads, windows.step)
-            implicit_gradient_gemm.grad_weight(
-                *operands, pieces, length, at_once, own_panels, own_channels, *ends, sums, out
-            )
+            operands = (flat, len(g), g[0].numel(), begins, packed), (quads, windows.step, copies)
+            rows = pieces, length, most, at_once
+            implicit_gradient_gemm.grad_weight(*operands, rows, own_panels, own_channels, *ends, sums, out)
 
     split(work, groups * parts, -(-SMALLEST_PIECE // max(1, count * length * out_channels * WIDTH * group)))

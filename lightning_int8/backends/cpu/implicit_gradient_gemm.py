@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from lightning_int8.backends.cpu.compiler import at, compiled
 from lightning_int8.backends.cpu.implicit_gemm import UNSIGNED
@@ -21,39 +21,48 @@ from lightning_int8.backends.cpu.tile_end import write_scaled
 
 
 @compiled
-def grad_weight(left, right, pieces, quads, block, panels, part, scales, taken_off, sums, out):
+def grad_weight(left, right, rows, panels, part, scales, taken_off, sums, out):
     """Sums over positions for some channels of g and some panels of columns.
 
     Args:
         left: (uint8, flat: the signed bytes of g ``(N, positions, Co)`` from the first channel on; samples; their
             distance; where the positions of one begin; uint32, room for the quads of a block).
-        right: (uint8, flat: quads of the signed bytes of x; distance of positions).
-        pieces: int64, pairs: where the positions of each piece begin, from its block and from a panel.
-        quads: Positions of a piece.
-        block: Pieces that are packed and multiplied before the next ones: they stay in cache.
-        panels: int64 ``(panels, 3)``: where each begins in x, its columns, and where they belong in a row of ``out``.
+        right: (uint8, flat: quads of the signed bytes of x; distance of positions; copies). Where windows are copied
+            side by side before they are multiplied, copies are (int64: where the positions of each piece begin in x;
+            int64: where each run of columns begins, from a position; columns of a run; uint32, room for a block of such
+            windows, whole vectors, and one more; length of a window there). Else None.
+        rows: (int64, pairs: where the positions of each piece begin, from its block and from a panel; positions of a
+            piece; pieces over which int32 holds the sums: if there are more, ``out`` is to be int64; pieces of a block,
+            which are packed and multiplied before the next ones, so that they stay in cache).
+        panels: int64 ``(panels, 3)``: where each begins in x, or in a copied window, its columns, and where they belong
+            in a row of ``out``.
         part: (channels, first channel, rows of tiles).
         scales: (left, right): float32, left is a number or one for each channel.
         taken_off: int32: what else to take off the sums of a channel.
         sums: int32, at least ``(panels · rows · WIDTH)``, to work in.
-        out: flat, ``(channels, columns)``, int32 for the sums as they are, floats for scaled ones.
+        out: flat, ``(channels, columns)``: int32 for the sums as they are, floats for scaled ones; int64 to be added
+            to, without scales, nothing taken off.
     """
     g, samples, stride, begins, packed = left
-    x, right_step = right
+    x, right_step, copies = right
+    pieces, quads, most, block = rows
     channels, channel, height = part
     count = pieces.size // 2
     own, places, packed_bytes = g[channel:], np.arange(begins.size) * height, packed.view(np.uint8)
-    sums[: panels.shape[0] * height * WIDTH] = 0
-    for k in range(0, count, block):
-        stop = min(k + block, count)
-        there = places, begins.size * height, k * quads * height, height - channels, AT_ONCE, AT_ONCE
-        interleave(own, begins, stride, samples, FLIP, channels, packed, *there, k * quads, stop * quads)
-        for j in range(panels.shape[0]):
-            vectors = (panels[j, 1] + LANES - 1) // LANES
-            for r in range(0, height, ROWS):
-                lhs = (packed_bytes, r * QUAD, height * QUAD, pieces, k, stop, quads)
-                add_tile(vectors, *lhs, x, panels[j, 0], right_step, sums, (j * height + r) * WIDTH)
-    _write_all(sums, panels, part, scales, taken_off, out)
+    for first in range(0, count, most):
+        last = min(first + most, count)
+        sums[: panels.shape[0] * height * WIDTH] = 0
+        for k in range(first, last, block):
+            stop = min(k + block, last)
+            there = places, begins.size * height, k * quads * height, height - channels, AT_ONCE, AT_ONCE
+            interleave(own, begins, stride, samples, FLIP, channels, packed, *there, k * quads, stop * quads)
+            rhs = _side_by_side(x, right_step, copies, k, stop, quads)
+            for j in range(panels.shape[0]):
+                vectors = (panels[j, 1] + LANES - 1) // LANES
+                for r in range(0, height, ROWS):
+                    lhs = (packed_bytes, r * QUAD, height * QUAD, pieces, k, stop, quads)
+                    add_tile(vectors, *lhs, rhs[0], panels[j, 0], rhs[1], sums, (j * height + r) * WIDTH)
+        _write_all(sums, panels, part, scales, taken_off, out)
 
 
 @compiled
@@ -63,7 +72,7 @@ def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sum
     Args:
         g: uint8, flat: the signed bytes of ``(rows, Co)`` from the first channel on.
         x: uint8, flat: the signed bytes of ``(rows, C)``, likewise.
-        rows: See above.
+        rows: Rows.
         widths: (Co, C, channels of x, columns of a panel).
         block: Quads of rows that are packed before they are multiplied: they stay in cache.
         panels: See ``grad_weight``.
@@ -95,6 +104,43 @@ def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sum
     _write_all(sums, panels, part, scales, taken_off, out)
 
 
+def _side_by_side(x, step, copies, first, last, quads):
+    """The windows of some pieces and their distance in bytes: copies, or where they lie if those are None."""
+    raise NotImplementedError("only compiled passes call this")
+
+
+@overload(_side_by_side)
+def _side_by_side_of(x, step, copies, first, last, quads):
+    if isinstance(copies, types.NoneType):
+        return lambda x, step, copies, first, last, quads: (x, step)
+
+    def copied(x, step, copies, first, last, quads):
+        begins, runs, run, out, length = copies
+        for k in range(first, last):
+            for q in range(quads):
+                window, o = begins[k] + q * step, ((k - first) * quads + q) * length
+                for r in range(runs.size):
+                    # What a run has written too much, the next one writes over.
+                    for c in range(0, run, LANES):
+                        _copy_quads(x, window + runs[r] + c * QUAD, out, o + r * run + c)
+        return out.view(np.uint8), length * QUAD
+
+    return copied
+
+
+@intrinsic
+def _copy_quads(typing_context: Any, data: Any, i: Any, out: Any, o: Any) -> Any:
+    """``out[o + k]``, a vector of quads, is what lies from byte ``i`` of ``data`` on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data, i, out, o = arguments
+        quads = builder.load(place_in(context, builder, signature.args[0], data, i, INTS), align=1)
+        builder.store(quads, place_in(context, builder, signature.args[2], out, o, INTS), align=4)
+        return context.get_dummy_value()
+
+    return types.void(data, types.int64, out, types.int64), generate
+
+
 @compiled
 def _write_all(sums, panels, part, scales, taken_off, out):
     """The end of ``grad_weight``: what is in ``sums`` of one part to ``out``."""
@@ -107,7 +153,26 @@ def _write_all(sums, panels, part, scales, taken_off, out):
             width, o = panels[j, 1], row + panels[j, 2]
             s, ones = (j * height + r) * WIDTH, (j * height + channels) * WIDTH
             for c in range(0, width, LANES):
-                _write_sums(sums, s + c, ones + c, off, factor, scales[1], width - c, out, o + c)
+                _write_or_add(sums, s + c, ones + c, off, factor, scales[1], width - c, out, o + c)
+
+
+def _write_or_add(sums, s, ones, off, left, right, room, out, o):
+    """``_write_sums``, or add the sums to int64 as they are."""
+    raise NotImplementedError("only compiled passes call this")
+
+
+@overload(_write_or_add)
+def _write_or_add_to(sums, s, ones, off, left, right, room, out, o):
+    if out.dtype != types.int64:
+        return lambda sums, s, ones, off, left, right, room, out, o: _write_sums(
+            sums, s, ones, off, left, right, room, out, o
+        )
+
+    def added(sums, s, ones, off, left, right, room, out, o):
+        for k in range(min(room, LANES)):
+            out[o + k] += np.int32(sums[s + k] - np.int32(sums[ones + k] * np.int32(UNSIGNED)))
+
+    return added
 
 
 @intrinsic

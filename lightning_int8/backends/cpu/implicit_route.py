@@ -58,8 +58,12 @@ class Implicit(Route):
         shifted, plain = (b, a) if contraction == "grad_weight" else (a, b)
         if plain.zero_point is not None or (shifted.zero_point is not None and shifted.zero_point.dim() > 0):
             return False
-        length = b.data.shape[-1] if contraction == "output" else b.data.shape[0] // geometry.groups
-        sums = prod(geometry.output_size) if contraction == "grad_weight" else geometry.taps * length
+        if contraction == "grad_weight":
+            assert MICROKERNEL is not None
+            sums = MICROKERNEL.QUAD * (1, *geometry.output_size)[-1]  # more are added to int64
+        else:
+            length = b.data.shape[-1] if contraction == "output" else b.data.shape[0] // geometry.groups
+            sums = geometry.taps * length
         return sums <= _longest(shifted.zero_point)
 
     def run(self, contraction: str, a: Plane, b: Plane, geometry: ConvGeometry, scales: Scales | None = None) -> Tensor:
@@ -77,11 +81,6 @@ class Implicit(Route):
 def _longest(zero: Tensor | None) -> int:
     """Longest sum of products that int32 holds for certain."""
     return RAW_LIMIT if zero is None else CENTRED_LIMIT
-
-
-def _most_samples(zero: Tensor | None, positions: int) -> int:
-    """Samples of so many positions over which int32 holds the sums of a grad_weight for certain."""
-    return max(1, _longest(zero) // positions)
 
 
 @cache
@@ -182,17 +181,8 @@ def _strides(size: tuple[int, ...], channels: int) -> list[int]:
 def _grad_weight(
     g: Tensor, x: Tensor, geometry: ConvGeometry, zero: Tensor | None, scales: Scales | None, dtype: torch.dtype
 ) -> Tensor:
-    correlation = output_correlation(geometry)
     assert GRADIENT is not None
-    samples = _most_samples(zero, correlation.positions)
-    if len(g) <= samples:
-        result = GRADIENT.grad_weight(g, x, zero, correlation, scales, dtype)
-    else:
-        parts = zip(g.split(samples), x.split(samples), strict=True)
-        sums = [GRADIENT.grad_weight(*part, zero, correlation, None, torch.int32).long() for part in parts]
-        result = torch.stack(sums).sum(0)
-        if scales is not None:
-            result = result.to(torch.float32).mul_(scales.left.reshape(-1, 1)).mul_(scales.right).to(dtype)
+    result = GRADIENT.grad_weight(g, x, zero, output_correlation(geometry), scales, dtype, _longest(zero))
     return result.view(g.shape[-1], *geometry.kernel_size, -1)
 
 
@@ -207,7 +197,7 @@ def _(contraction: str, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
         return a.new_empty(len(a), *geometry.output_size, len(b), dtype=dtype)
     if contraction == "grad_input":
         return a.new_empty(len(a), *geometry.input_size, b.shape[-1] * geometry.groups, dtype=dtype)
-    if dtype == torch.int32 and len(a) > _most_samples(zero, prod(a.shape[1:-1])):
+    if dtype == torch.int32 and prod(a.shape[:-1]) > _longest(zero):
         dtype = torch.int64
     return a.new_empty(a.shape[-1], *geometry.kernel_size, b.shape[-1] // geometry.groups, dtype=dtype)
 
