@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -145,7 +144,7 @@ def test_large_problems_are_exact(case):
 @pytest.mark.parametrize(("groups", "kernel"), [(1, 3), (1, 1), (4, 3)])
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_moments_are_those_of_the_output(dtype, groups, kernel, pieces, monkeypatch):
-    monkeypatch.setattr(implicit_conv, "split", lambda work, count, _: in_pieces(work, count, pieces))
+    monkeypatch.setattr(threads, "ends", lambda count, _: [count * k // pieces for k in range(pieces + 1)])
     geometry = ConvGeometry(
         input_size=(9, 7),
         kernel_size=(kernel, kernel),
@@ -164,11 +163,6 @@ def test_moments_are_those_of_the_output(dtype, groups, kernel, pieces, monkeypa
     values = y.flatten(0, -2).double()
     torch.testing.assert_close(moments[0], values.mean(0), rtol=1e-6, atol=1e-3)
     torch.testing.assert_close(moments[1], values.var(0, unbiased=False), rtol=1e-4, atol=0)
-
-
-def in_pieces(work, count, pieces):
-    ends = [count * k // pieces for k in range(pieces + 1)]
-    return [work(first, last) for first, last in pairwise(ends)]
 
 
 @pytest.mark.parametrize("shapes", [((0, 64), (7, 64)), ((3, 0), (7, 0)), ((3, 4), (0, 4))])

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu import team
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
-from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.cpu.team import in_team
+from lightning_int8.backends.cpu.threads import ends
 
 _SMALLEST_PIECE = 1 << 18  # bytes that are worth a thread
 
@@ -38,10 +40,8 @@ def pad(data: Tensor, padding: Sequence[tuple[int, int]], fill: int, unsigned: b
     flip = np.uint8(128 if unsigned else 0)
     shift = padding[-1][0] * channels
 
-    def work(first: int, last: int) -> None:
-        _pad(source[first:last], sources, shift, np.uint8(fill & 0xFF) ^ flip, flip, target[first:last])
-
-    split(work, samples, -(-_SMALLEST_PIECE * samples // max(1, count)))
+    arguments = source, sources, shift, np.uint8(fill & 0xFF) ^ flip, flip, target
+    team.run(_pad, arguments, ends(samples, -(-_SMALLEST_PIECE * samples // max(1, count))))
     return out
 
 
@@ -57,19 +57,29 @@ def source_rows(sizes: tuple[int, ...], padding: tuple[tuple[int, int], ...]) ->
 
 
 @compiled
-def _pad(source, rows, shift, border, flip, out):
+def _padded(source, rows, shift, border, flip, out, first, last, piece):
     """Row r of each sample: row ``rows[r]`` of the source moved by ``shift`` bytes, between bytes of the border."""
     width, length = out.shape[2], source.shape[2]
-    first, last = min(max(shift, 0), width), max(0, min(length + shift, width))
-    for n in range(out.shape[0]):
+    begin, end = min(max(shift, 0), width), max(0, min(length + shift, width))
+    for n in range(first, last):
         for r in range(rows.size):
             target = out[n, r]
-            if rows[r] < 0 or last <= first:
+            if rows[r] < 0 or end <= begin:
                 _fill(target, border)
             else:
-                _fill(target[:first], border)
-                _flipped(source[n, rows[r], first - shift : last - shift], flip, target[first:last])
-                _fill(target[last:], border)
+                _fill(target[:begin], border)
+                _flipped(source[n, rows[r], begin - shift : end - shift], flip, target[begin:end])
+                _fill(target[end:], border)
+    return np.int32(0)
+
+
+_pad_in_team = in_team(_padded)
+
+
+@compiled
+def _pad(arguments, ends, results, runtime):
+    """``_padded``, for ``team.run``."""
+    _pad_in_team(arguments, ends, results, runtime)
 
 
 @compiled

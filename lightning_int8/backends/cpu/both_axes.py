@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu import team
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.elementwise import tiled
 from lightning_int8.backends.cpu.evaluation import block_of
 from lightning_int8.backends.cpu.quantize import map_of, quantized
-from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split
+from lightning_int8.backends.cpu.team import in_team
+from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, ends
 from lightning_int8.backends.cpu.vector_rounding import nearest, steps, store_bytes
 from lightning_int8.backends.cpu.vectors import LANES, lanes_of, largest_bits, largest_lane, load, no_bits
 from lightning_int8.numerics import Quantized
@@ -32,13 +32,13 @@ def quantize_both(x: Tensor, by_row: Tensor, by_column: Tensor) -> tuple[Quantiz
     planes = [empty(*x.shape, dtype=torch.int8) for _ in maps]
     length, block = x.numel() // rows, block_of(channels)
     operands = as_array(x), length, block, *(m.own[:3] for m in maps), *map(as_array, planes)
-    top = max(split(partial(_round_both, *operands), rows, -(-SMALLEST_PIECE // length)))
+    top = int(team.run(_round_both, operands, ends(rows, -(-SMALLEST_PIECE // length))).max())
     first, second = (quantized([p], m, top, axis) for p, m, axis in zip(planes, maps, (0, -1), strict=True))
     return first, second
 
 
 @compiled
-def _round_both(x, length, block, of_rows, of_columns, by_row, by_column, first, last):
+def _rounded_both(x, length, block, of_rows, of_columns, by_row, by_column, first, last, piece):
     """Rows ``first`` to ``last``; the maps are (low, high, inverse), and one of columns is repeated over a block."""
     row_low, row_high, row_inverse = of_rows
     low, high, inverse = tiled(of_columns[0], block), tiled(of_columns[1], block), tiled(of_columns[2], block)
@@ -55,3 +55,12 @@ def _round_both(x, length, block, of_rows, of_columns, by_row, by_column, first,
                 y = steps(v, lanes_of(low, j), lanes_of(high, j), lanes_of(inverse, j))
                 store_bytes(by_column, i, room, nearest(y))
     return largest_lane(top)
+
+
+_round_in_team = in_team(_rounded_both)
+
+
+@compiled
+def _round_both(arguments, ends, results, runtime):
+    """``_rounded_both``, for ``team.run``."""
+    _round_in_team(arguments, ends, results, runtime)

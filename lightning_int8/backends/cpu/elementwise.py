@@ -7,6 +7,7 @@ from numba import types
 from numba.extending import overload
 
 from lightning_int8.backends.cpu.compiler import compiled
+from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.unpool import unpool
 from lightning_int8.backends.cpu.vector_rounding import nearest, shifted, steps, store_bytes, up_or_down
 from lightning_int8.backends.cpu.vectors import (
@@ -220,39 +221,67 @@ def _walk(source, first, last, block, buffers, rounding, places, sums, only_rest
 
 
 @compiled
-def round_all(source, first, last, block, rounding):
-    """Round elements ``first`` to ``last``, see ``walk``."""
+def _rounded(source, block, rounding, first, last, piece):
     return walk(source, first, last, block, new_buffers(source, block), rounding, None)
 
 
-@compiled
-def compute_all(source, first, last, block):
-    """Compute elements ``first`` to ``last`` for the sake of what the source keeps of them."""
-    walk(source, first, last, block, new_buffers(source, block), None, None)
+_round_in_team = in_team(_rounded)
 
 
 @compiled
-def product_sums(source, first, last, block, other, centre, rounding):
+def round_all(arguments, ends, results, runtime):
+    """``walk`` to round, for ``team.run`` with its source, block and rounding."""
+    _round_in_team(arguments, ends, results, runtime)
+
+
+@compiled
+def _computed(source, block, first, last, piece):
+    return walk(source, first, last, block, new_buffers(source, block), None, None)
+
+
+_compute_in_team = in_team(_computed)
+
+
+@compiled
+def compute_all(arguments, ends, results, runtime):
+    """``walk`` for the sake of what the source keeps, for ``team.run`` with its source and block."""
+    _compute_in_team(arguments, ends, results, runtime)
+
+
+@compiled
+def _summed(source, block, other, centre, rounding, out, first, last, piece):
     """Sums of a source and of its product with centred values for each place of a block.
 
     Args:
         source: See ``walk``.
-        first: Likewise.
-        last: Likewise.
         block: Likewise.
         other: The values; of size 0 where nobody wants the product.
         centre: float32, one for each channel.
         rounding: See ``walk``: sums and rounding share one walk.
+        out: float64 ``(pieces, 2, block)``: the sums.
+        first: See ``walk``.
+        last: Likewise.
+        piece: Number of the piece.
 
     Returns:
-        float64 ``(2, block)``, and the largest magnitude as its bits, 0 without rounding.
+        The largest magnitude as its bits, 0 without rounding.
     """
-    sums, partial = np.zeros((2, whole(block))), np.zeros((2, whole(block)), np.float32)
+    sums, partial = out[piece], np.zeros((2, whole(block)), np.float32)
+    sums[:] = 0
     buffers, span, centres = new_buffers(source, block), _FLUSHED * block, tiled(centre, block)
     top = np.int32(0)
     for start in range(first, last, span):
         added = (partial[0], partial[1], other, centres)
         top = max(top, walk(source, start, min(start + span, last), block, buffers, rounding, added))
-        sums += partial
+        sums += partial[:, :block]
         partial[:] = 0
-    return sums[:, :block], top
+    return top
+
+
+_sum_in_team = in_team(_summed)
+
+
+@compiled
+def product_sums(arguments, ends, results, runtime):
+    """``_summed``, for ``team.run``."""
+    _sum_in_team(arguments, ends, results, runtime)

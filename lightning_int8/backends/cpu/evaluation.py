@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd, prod
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_int8.backends.cpu import elementwise
+from lightning_int8.backends.cpu import elementwise, team
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.elementwise import Source
 from lightning_int8.backends.cpu.expression import MASK_BITS, Expression, Term
-from lightning_int8.backends.cpu.threads import split_blocks
+from lightning_int8.backends.cpu.threads import block_ends
 from lightning_int8.backends.cpu.vectors import LANES
 
 _BLOCK = 1024  # elements: what belongs to each place of a block, factors and sums, fits the first-level cache
@@ -82,9 +82,8 @@ def _factors(expression: Expression) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def evaluate(expression: Expression) -> Tensor:
     """The values in the dtype of the expression, canonical."""
     values = empty(*expression.shape, dtype=expression.dtype)
-    source, block, count = source_of(expression, values), block_of(expression.shape[-1]), values.numel()
-
-    split_blocks(lambda first, last: elementwise.compute_all(source, first, last, block), count, block)
+    block = block_of(expression.shape[-1])
+    team.run(elementwise.compute_all, (source_of(expression, values), block), block_ends(values.numel(), block))
     return values
 
 
@@ -115,17 +114,24 @@ def channel_sums(expression: Expression, other: Tensor | None, centre: Tensor | 
     if other is not None and centre is not None:
         others, centres = as_array(other), as_array(centre)
 
-    def work(first: int, last: int) -> np.ndarray:
-        return elementwise.product_sums(source, first, last, block, others, centres, None)[0]
-
-    return of_channels(split_blocks(work, prod(expression.shape), block), channels)
+    ends = block_ends(prod(expression.shape), block)
+    return sums_and_tops(source, ends, block, channels, (others, centres), None)[0]
 
 
-def of_channels(parts: Sequence[np.ndarray], channels: int) -> Tensor:
-    """float64 ``(2, C)`` of sums for each place of a block, from each part of the work."""
-    return torch.from_numpy(sum(parts[1:], parts[0])).view(2, -1, channels).sum(1)
+def sums_and_tops(
+    source: Source,
+    ends: list[int],
+    block: int,
+    channels: int,
+    multiplied: tuple[np.ndarray, np.ndarray],
+    rounding: tuple[Any, ...] | None,
+) -> tuple[Tensor, np.ndarray]:
+    """float64 ``(2, C)`` sums over pieces, and their largest magnitudes; see ``elementwise.product_sums``."""
+    sums = np.empty((len(ends) - 1, 2, block))
+    tops = team.run(elementwise.product_sums, (source, block, *multiplied, rounding, sums), ends)
+    return torch.from_numpy(sums.sum(0)).view(2, -1, channels).sum(1), tops
 
 
 def nothing_to_multiply(expression: Expression) -> tuple[np.ndarray, np.ndarray]:
-    """The last two operands of ``elementwise.product_sums`` for sums alone."""
+    """What ``elementwise.product_sums`` multiplies with, values and their centre, for sums alone."""
     return _none_of(expression), _NOTHING

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_int8.backends.cpu import border, implicit_gemm, panels
+from lightning_int8.backends.cpu import border, implicit_gemm, panels, team, threads
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.columns import window_tables
 from lightning_int8.backends.cpu.correlation import Correlation
 from lightning_int8.backends.cpu.implicit_gemm import UNSIGNED
 from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH
 from lightning_int8.backends.cpu.route import Scales
-from lightning_int8.backends.cpu.threads import split
 from lightning_int8.backends.group_blocks import Block, blocks
 from lightning_int8.numerics import Plane
-
-_compiled_correlate: Any = implicit_gemm.correlate  # numba's own type does not take unpacked arguments
 
 BLOCK_BYTES = 1 << 19
 """What is multiplied, or added to, again and again: it stays in the second-level cache."""
@@ -125,17 +121,13 @@ def correlate(
             tiles = BLOCK_BYTES * batch * positions // (flat.size * ROWS)
             tiles = max(_FEWEST_ROWS, min(tiles, _MOST_ROWS))
         operands = (flat, is_signed, samples, windows.origins, plan.targets, windows.pieces, windows.quads, packed)
-        rest = (starts, factors, columns, tiles * ROWS, out[block.outputs.start :], None if moments is None else True)
-        work = partial(_counted, partial(_compiled_correlate, *operands, *rest))
-        parts = split(work, batch * positions, -(-SMALLEST_PIECE // own.numel()))
-        if moments is not None:
-            counts, sums = zip(*parts, strict=True)
-            found = implicit_gemm.joined(np.array(counts), np.stack(sums).reshape(len(sums), 3, -1))
-            moments[:, block.outputs] = torch.from_numpy(found)[:, :columns]
-
-
-def _counted(work: Callable[[int, int], np.ndarray], first: int, last: int) -> tuple[int, np.ndarray]:
-    return last - first, work(first, last)
+        ends = threads.ends(batch * positions, -(-SMALLEST_PIECE // own.numel()))
+        found = None if moments is None else np.empty((len(ends) - 1, 3 * len(starts)))
+        rest = starts, factors, columns, tiles * ROWS, out[block.outputs.start :], found
+        team.run(implicit_gemm.correlate, (*operands, *rest), ends)
+        if moments is not None and found is not None:
+            joined = implicit_gemm.joined(np.diff(ends), found.reshape(len(found), 3, -1))
+            moments[:, block.outputs] = torch.from_numpy(joined)[:, :columns]
 
 
 def _windows(correlation: Correlation, shape: tuple[int, ...], first: int, stop: int, is_signed: bool) -> _Windows:
@@ -158,7 +150,7 @@ def _column_sums(packed: np.ndarray, count: int, quads: int, columns: int) -> np
     sums, unused = np.empty(whole, np.int32), np.zeros(whole, np.float32)
     ones, pieces = _row_of_ones(count, quads * QUAD)
     operands = ones, False, (0, 0), _ORIGIN, _ORIGIN, pieces, quads, packed, unused.view(np.int32)
-    _compiled_correlate(*operands, (np.float32(1), unused, None), whole, ROWS, sums, None, 0, 1)
+    team.run(implicit_gemm.correlate, (*operands, (np.float32(1), unused, None), whole, ROWS, sums, None), (0, 1))
     return sums
 
 

@@ -20,6 +20,7 @@ from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.floats import get
 from lightning_int8.backends.cpu.llvm import constant, load_lanes, place_in, store_lanes
 from lightning_int8.backends.cpu.microkernel import QUAD, ROWS, WIDTH
+from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.tile_end import write_tile
 
 UNSIGNED = np.uint8(128)
@@ -30,7 +31,7 @@ _BYTES = ir.VectorType(ir.IntType(8), _BYTES_AT_ONCE)
 
 
 @compiled
-def correlate(
+def _correlated(
     data,
     is_signed,
     samples,
@@ -44,9 +45,10 @@ def correlate(
     columns,
     at_once,
     out,
-    wants_moments,
+    moments_of,
     first,
     last,
+    piece,
 ):
     """Sums over windows for some positions, written as they are (int32) or scaled (floats).
 
@@ -64,24 +66,18 @@ def correlate(
         columns: Columns.
         at_once: Positions that are multiplied with one panel before the next one; whole tiles.
         out: flat.
-        wants_moments: True, or None.
+        moments_of: float64 ``(pieces of the work, 3 · whole vectors)``, or None: of each column the first result; the
+            sum of all, that taken off; and the sum of their squares.
         first: First (sample and) position.
         last: Behind the last one.
-
-    Returns:
-        float64 ``(3, whole vectors)``, or None: of each column the first result; the sum of all, that taken off; and
-        the sum of their squares.
+        piece: Number of this piece of the work.
     """
     rows, places = np.empty(at_once, np.int64), np.empty(at_once, np.int64)
     step = quads * QUAD
     taken = np.empty(at_once * step if is_signed else 0, np.uint8)
     source = taken if is_signed else data
     panel = pieces.size // 2 * step
-    pivots = _new(wants_moments, starts.size, np.float32)
-    partial, moments = (
-        _new(wants_moments, 2 * starts.size, np.float32),
-        _new(wants_moments, 3 * starts.size, np.float64),
-    )
+    pivots, partial, moments = _moments_of_piece(moments_of, starts.size, piece)
     n, t = first // origins.size, first % origins.size
     for m in range(first, last, at_once):
         count = min(at_once, last - m)
@@ -97,7 +93,7 @@ def correlate(
         if is_signed:
             _take(data, rows, count, step, taken)
         # For the sake of the pivots the first tiles are computed once more, before anything is summed.
-        rounds = 2 if wants_moments is not None and m == first else 1
+        rounds = 2 if moments_of is not None and m == first else 1
         for k in range(rounds):
             is_last = k == rounds - 1
             own, summed = (count, count) if is_last else (ROWS, 0)
@@ -105,7 +101,7 @@ def correlate(
                 right = (pieces, quads, panels, c * panel, starts, c, *scales)
                 for i in range(0, own, ROWS):
                     write_tile(min(WIDTH, columns - c), source, rows, i, *right, out, places, summed, pivots, partial)
-            if wants_moments is not None:
+            if moments_of is not None:
                 if not is_last:
                     for c in range(columns):
                         pivots[c] = moments[c] = get(out, places[0] + c)
@@ -113,19 +109,33 @@ def correlate(
                 for c in range(partial.size):
                     moments[pivots.size + c] += partial[c]
                     partial[c] = 0
-    return moments
+    return np.int32(0)
 
 
-def _new(wanted, size, dtype):
-    """Zeros, if wanted; else None."""
+def _moments_of_piece(moments_of, columns, piece):
+    """Pivots, sums in float32, and where the moments of a piece belong; zeros. Nothing where nobody wants them."""
     raise NotImplementedError("only compiled passes call this")
 
 
-@overload(_new)
-def _new_of(wanted, size, dtype):
-    if isinstance(wanted, types.NoneType):
-        return lambda wanted, size, dtype: None
-    return lambda wanted, size, dtype: np.zeros(size, dtype)
+@overload(_moments_of_piece)
+def _own_moments(moments_of, columns, piece):
+    if isinstance(moments_of, types.NoneType):
+        return lambda moments_of, columns, piece: (None, None, None)
+
+    def zeros(moments_of, columns, piece):
+        moments_of[piece] = 0
+        return np.zeros(columns, np.float32), np.zeros(2 * columns, np.float32), moments_of[piece]
+
+    return zeros
+
+
+_correlate_in_team = in_team(_correlated)
+
+
+@compiled
+def correlate(arguments, ends, results, runtime):
+    """``_correlated``, for ``team.run``."""
+    _correlate_in_team(arguments, ends, results, runtime)
 
 
 @compiled

@@ -10,14 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_int8.backends.cpu import centre, implicit_gradient_gemm, panels
+from lightning_int8.backends.cpu import centre, implicit_gradient_gemm, panels, team, threads
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.correlation import Correlation, grid_offsets
 from lightning_int8.backends.cpu.implicit_conv import BLOCK_BYTES, SMALLEST_PIECE, pieces_of
 from lightning_int8.backends.cpu.microkernel import LANES, QUAD, ROWS, WIDTH
 from lightning_int8.backends.cpu.route import Scales
-from lightning_int8.backends.cpu.threads import split
 from lightning_int8.backends.group_blocks import Block, blocks
 
 _MOST_CHANNELS = 384  # rows that share a panel
@@ -115,9 +114,9 @@ def _ends(g: Tensor, zero: Tensor | None, scales: Scales | None, block: Block) -
 def _of_product(g: Tensor, x: Tensor, block: Block, ends: _Ends, result: Tensor) -> None:
     """``grad_weight`` of a matrix product, g ``(..., Co)`` and x ``(..., C)``."""
     out_channels, channels = block.out_count, block.in_count
-    rows, width, threads = prod(g.shape[:-1]), panels.slab_width(channels), torch.get_num_threads()
+    rows, width = prod(g.shape[:-1]), panels.slab_width(channels)
     # Sums of a part stay in cache, beside what is packed of some rows.
-    wanted = max(threads, -(-out_channels * -(-channels // width) * WIDTH * 4 // _SUM_BYTES))
+    wanted = max(torch.get_num_threads(), -(-out_channels * -(-channels // width) * WIDTH * 4 // _SUM_BYTES))
     own = -(-out_channels // min(wanted, out_channels))
     height = -(-(own + 1) // ROWS) * ROWS
     at_once = min(BLOCK_BYTES // ((height + channels) * QUAD), _PANEL_BYTES // (width * QUAD))
@@ -125,16 +124,10 @@ def _of_product(g: Tensor, x: Tensor, block: Block, ends: _Ends, result: Tensor)
     left = g.reshape(-1)[block.outputs.start :].view(torch.uint8).numpy()
     right = x.reshape(-1)[block.inputs.start :].view(torch.uint8).numpy()
     table = _panel_table(np.zeros(1, np.int64), _slabs(0, channels, width, at_once * width * QUAD), channels)
-    how = ((g.shape[-1], x.shape[-1], channels, width), at_once, table)
-    out = as_array(result)
-
-    def work(first: int, last: int) -> None:
-        sums = empty(len(table) * height * WIDTH, dtype=torch.int32).numpy()
-        for channel in range(first * own, min(last * own, out_channels), own):
-            part = (min(own, out_channels - channel), channel, height)
-            implicit_gradient_gemm.grad_product(left, right, rows, *how, part, *ends, sums, out)
-
-    split(work, -(-out_channels // own), -(-SMALLEST_PIECE // max(1, rows * channels * own)))
+    pieces = threads.ends(-(-out_channels // own), -(-SMALLEST_PIECE // max(1, rows * channels * own)))
+    sums = empty(len(pieces) - 1, len(table) * height * WIDTH, dtype=torch.int32).numpy()
+    how = rows, (g.shape[-1], x.shape[-1], channels, width), at_once, table, (own, height)
+    team.run(implicit_gradient_gemm.grad_product, (left, right, *how, *ends, sums, as_array(result)), pieces)
 
 
 def _slabs(first: int, stop: int, width: int, distance: int) -> np.ndarray:
@@ -235,15 +228,15 @@ def _of_windows(
     result: Tensor,
 ) -> None:
     """``grad_weight`` of windows of x ``shape``, which is packed."""
-    windows, out = _windows(correlation, shape, block.inputs.start, block.inputs.stop), as_array(result)
-    threads, table, out_channels = torch.get_num_threads(), windows.table, block.out_count
+    windows, wanted = _windows(correlation, shape, block.inputs.start, block.inputs.stop), torch.get_num_threads()
+    table, out_channels = windows.table, block.out_count
     is_copied, columns = len(windows.runs) > 0, int(table[:, 1].sum())
     window = -(-columns // LANES) * LANES
     step = window * QUAD if is_copied else windows.step
     # As many parts of the channels as it takes to give every thread panels of its own, and to stay in cache. Who copies
     # windows multiplies with all of them.
-    wanted = max(-(-threads // (1 if is_copied else len(table))), -(-out_channels // _MOST_CHANNELS))
-    channels = -(-out_channels // min(wanted, out_channels))
+    parts = max(-(-wanted // (1 if is_copied else len(table))), -(-out_channels // _MOST_CHANNELS))
+    channels = -(-out_channels // min(parts, out_channels))
     parts, height = -(-out_channels // channels), -(-(channels + 1) // ROWS) * ROWS
     left_step, count, length = height * QUAD, len(windows.begins), windows.length
     panel_step = min(step, int(table[:, 1].max()) * QUAD)
@@ -257,23 +250,22 @@ def _of_windows(
     pieces = pieces_of(places * left_step, places * step if is_copied else windows.begins)
     flat = g.reshape(-1)[block.outputs.start :].view(torch.uint8).numpy()
     begins = np.arange(correlation.positions) * g.shape[-1]
-    groups = max(-(-threads // parts), -(-len(table) * height * WIDTH * 4 // _SUM_BYTES))
+    groups = max(-(-wanted // parts), -(-len(table) * height * WIDTH * 4 // _SUM_BYTES))
     group = -(-len(table) // min(groups, len(table)))
     groups = -(-len(table) // group)
 
-    def work(first: int, last: int) -> None:
-        sums = empty(group * height * WIDTH, dtype=torch.int32).numpy()
-        packed = empty(at_once * length * height, dtype=torch.int32).numpy().view(np.uint32)
-        copies = None
-        if is_copied:
-            room = empty(at_once * length * window + LANES, dtype=torch.int32).numpy().view(np.uint32)
-            copies = (windows.begins, windows.runs, columns // len(windows.runs), room, window)
-        for unit in range(first, last):
-            part, own_panels = unit // groups, table[unit % groups * group :][:group]
-            channel = part * channels
-            own_channels = (min(channels, out_channels - channel), channel, height)
-            operands = (flat, len(g), g[0].numel(), begins, packed), (quads, windows.step, copies)
-            rows = pieces, length, most, at_once
-            implicit_gradient_gemm.grad_weight(*operands, rows, own_panels, own_channels, *ends, sums, out)
+    smallest = -(-SMALLEST_PIECE // max(1, count * length * out_channels * WIDTH * group))
+    ends_of_parts = threads.ends(groups * parts, smallest)
 
-    split(work, groups * parts, -(-SMALLEST_PIECE // max(1, count * length * out_channels * WIDTH * group)))
+    def room(quads: int) -> np.ndarray:
+        return empty(len(ends_of_parts) - 1, quads, dtype=torch.int32).numpy()
+
+    copies = None
+    if is_copied:
+        copied = room(at_once * length * window + LANES).view(np.uint32)
+        copies = windows.begins, windows.runs, columns // len(windows.runs), copied, window
+    left = flat, len(g), g[0].numel(), begins, room(at_once * length * height).view(np.uint32)
+    how = (pieces, length, most, at_once), table, (group, groups, channels, height)
+    sums = room(group * height * WIDTH)
+    arguments = left, (quads, windows.step, copies), *how, *ends, sums, as_array(result)
+    team.run(implicit_gradient_gemm.grad_weight, arguments, ends_of_parts)

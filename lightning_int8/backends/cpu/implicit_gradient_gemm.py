@@ -17,105 +17,128 @@ from lightning_int8.backends.cpu.implicit_gemm import UNSIGNED
 from lightning_int8.backends.cpu.llvm import constant, place_in, splat_of
 from lightning_int8.backends.cpu.microkernel import FLOATS, INTS, LANES, QUAD, ROWS, WIDTH, add_tile
 from lightning_int8.backends.cpu.panels import AT_ONCE, FLIP, NO_FLIP, interleave
+from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.tile_end import write_scaled
 
 
 @compiled
-def grad_weight(left, right, rows, panels, part, scales, taken_off, sums, out):
-    """Sums over positions for some channels of g and some panels of columns.
+def _of_windows(left, right, rows, panels, parts, scales, taken_off, sums_of, out, first_part, last_part, piece):
+    """Sums over positions for some channels of g and some panels of columns, part by part.
 
     Args:
         left: (uint8, flat: the signed bytes of g ``(N, positions, Co)`` from the first channel on; samples; their
-            distance; where the positions of one begin; uint32, room for the quads of a block).
+            distance; where the positions of one begin; uint32, for each piece room for the quads of a block).
         right: (uint8, flat: quads of the signed bytes of x; distance of positions; copies). Where windows are copied
             side by side before they are multiplied, copies are (int64: where the positions of each piece begin in x;
-            int64: where each run of columns begins, from a position; columns of a run; uint32, room for a block of such
-            windows, whole vectors, and one more; length of a window there). Else None.
+            int64: where each run of columns begins, from a position; columns of a run; uint32, for each piece of the
+            work room for a block of such windows, whole vectors, and one more; length of a window there). Else None.
         rows: (int64, pairs: where the positions of each piece begin, from its block and from a panel; positions of a
             piece; pieces over which int32 holds the sums: if there are more, ``out`` is to be int64; pieces of a block,
             which are packed and multiplied before the next ones, so that they stay in cache).
         panels: int64 ``(panels, 3)``: where each begins in x, or in a copied window, its columns, and where they belong
             in a row of ``out``.
-        part: (channels, first channel, rows of tiles).
+        parts: (panels of a part; parts of the panels; channels of a part; rows of its tiles). Parts of the panels come
+            first, then those of the channels.
         scales: (left, right): float32, left is a number or one for each channel.
         taken_off: int32: what else to take off the sums of a channel.
-        sums: int32, at least ``(panels · rows · WIDTH)``, to work in.
+        sums_of: int32, for each piece of the work room for ``(panels · rows · WIDTH)``.
         out: flat, ``(channels, columns)``: int32 for the sums as they are, floats for scaled ones; int64 to be added
             to, without scales, nothing taken off.
+        first_part: First part.
+        last_part: Behind the last one.
+        piece: Number of this piece of the work.
     """
-    g, samples, stride, begins, packed = left
+    g, samples, stride, begins, packed_of = left
     x, right_step, copies = right
     pieces, quads, most, block = rows
-    channels, channel, height = part
-    count = pieces.size // 2
-    own, places, packed_bytes = g[channel:], np.arange(begins.size) * height, packed.view(np.uint8)
-    for first in range(0, count, most):
-        last = min(first + most, count)
-        sums[: panels.shape[0] * height * WIDTH] = 0
-        for k in range(first, last, block):
-            stop = min(k + block, last)
-            there = places, begins.size * height, k * quads * height, height - channels, AT_ONCE, AT_ONCE
-            interleave(own, begins, stride, samples, FLIP, channels, packed, *there, k * quads, stop * quads)
-            rhs = _side_by_side(x, right_step, copies, k, stop, quads)
-            for j in range(panels.shape[0]):
-                vectors = (panels[j, 1] + LANES - 1) // LANES
-                for r in range(0, height, ROWS):
-                    lhs = (packed_bytes, r * QUAD, height * QUAD, pieces, k, stop, quads)
-                    add_tile(vectors, *lhs, rhs[0], panels[j, 0], rhs[1], sums, (j * height + r) * WIDTH)
-        _write_all(sums, panels, part, scales, taken_off, out)
+    group, groups, own_channels, height = parts
+    count, sums, packed = pieces.size // 2, sums_of[piece], packed_of[piece]
+    places, packed_bytes = np.arange(begins.size) * height, packed.view(np.uint8)
+    for part in range(first_part, last_part):
+        own_panels, channel = panels[part % groups * group :][:group], part // groups * own_channels
+        channels = min(own_channels, taken_off.size - channel)
+        for first in range(0, count, most):
+            last = min(first + most, count)
+            sums[: own_panels.shape[0] * height * WIDTH] = 0
+            for k in range(first, last, block):
+                stop = min(k + block, last)
+                there = places, begins.size * height, k * quads * height, height - channels, AT_ONCE, AT_ONCE
+                span = k * quads, stop * quads
+                interleave(g[channel:], begins, stride, samples, FLIP, channels, packed, *there, *span)
+                source, step = _side_by_side(x, right_step, copies, piece, k, stop, quads)
+                lhs = packed_bytes, pieces, k, stop, quads
+                _add_tiles(lhs, source, step, own_panels, height, sums)
+            _write_all(sums, own_panels, (channels, channel, height), scales, taken_off, out)
+    return np.int32(0)
 
 
 @compiled
-def grad_product(g, x, rows, widths, block, panels, part, scales, taken_off, sums, out):
-    """``grad_weight`` of a matrix product: four rows at a time are summed together, some rows are packed at a time.
+def _add_tiles(left, right, right_step, panels, height, sums):
+    """Products of all rows of a block with all panels."""
+    packed, pieces, first, last, quads = left
+    for j in range(panels.shape[0]):
+        vectors = (panels[j, 1] + LANES - 1) // LANES
+        for r in range(0, height, ROWS):
+            lhs = (packed, r * QUAD, height * QUAD, pieces, first, last, quads)
+            add_tile(vectors, *lhs, right, panels[j, 0], right_step, sums, (j * height + r) * WIDTH)
 
-    Args:
-        g: uint8, flat: the signed bytes of ``(rows, Co)`` from the first channel on.
-        x: uint8, flat: the signed bytes of ``(rows, C)``, likewise.
-        rows: Rows.
-        widths: (Co, C, channels of x, columns of a panel).
-        block: Quads of rows that are packed before they are multiplied: they stay in cache.
-        panels: See ``grad_weight``.
-        part: Likewise.
-        scales: Likewise.
-        taken_off: Likewise.
-        sums: Likewise.
-        out: Likewise.
-    """
+
+_windows_in_team = in_team(_of_windows)
+
+
+@compiled
+def grad_weight(arguments, ends, results, runtime):
+    """``_of_windows``, for ``team.run``."""
+    _windows_in_team(arguments, ends, results, runtime)
+
+
+@compiled
+def _of_product(
+    g, x, rows, widths, block, panels, parts, scales, taken_off, sums_of, out, first_part, last_part, piece
+):
     out_row, in_row, columns, width = widths
-    channels, channel, height = part
+    own_channels, height = parts
     left, right = np.empty(block * height, np.uint32), np.empty(block * (columns + width), np.uint32)
     left_bytes, right_bytes = left.view(np.uint8), right.view(np.uint8)
-    begins, pieces = np.zeros(1, np.int64), np.zeros(2, np.int64)
-    sums[: panels.shape[0] * height * WIDTH] = 0
-    for first in range(0, rows, block * QUAD):
-        count = (min(block * QUAD, rows - first) + QUAD - 1) // QUAD
-        own, others = g[first * out_row + channel :], x[first * in_row :]
-        there = begins, height, 0, height - channels, AT_ONCE, AT_ONCE, 0, count
-        interleave(own, begins, out_row, rows - first, FLIP, channels, left, *there)
-        there = begins, width, 0, 0, width, block * width, 0, count
-        interleave(others, begins, in_row, rows - first, NO_FLIP, columns, right, *there)
-        for j in range(panels.shape[0]):
-            vectors = (panels[j, 1] + LANES - 1) // LANES
-            for r in range(0, height, ROWS):
-                lhs = (left_bytes, r * QUAD, height * QUAD, pieces, 0, 1, count)
-                rhs = (right_bytes, panels[j, 0], width * QUAD)
-                add_tile(vectors, *lhs, *rhs, sums, (j * height + r) * WIDTH)
-    _write_all(sums, panels, part, scales, taken_off, out)
+    begins, pieces, sums = np.zeros(1, np.int64), np.zeros(2, np.int64), sums_of[piece]
+    for part in range(first_part, last_part):
+        channel = part * own_channels
+        channels = min(own_channels, taken_off.size - channel)
+        sums[: panels.shape[0] * height * WIDTH] = 0
+        for first in range(0, rows, block * QUAD):
+            count = (min(block * QUAD, rows - first) + QUAD - 1) // QUAD
+            own, others = g[first * out_row + channel :], x[first * in_row :]
+            there = begins, height, 0, height - channels, AT_ONCE, AT_ONCE, 0, count
+            interleave(own, begins, out_row, rows - first, FLIP, channels, left, *there)
+            there = begins, width, 0, 0, width, block * width, 0, count
+            interleave(others, begins, in_row, rows - first, NO_FLIP, columns, right, *there)
+            _add_tiles((left_bytes, pieces, 0, 1, count), right_bytes, width * QUAD, panels, height, sums)
+        _write_all(sums, panels, (channels, channel, height), scales, taken_off, out)
+    return np.int32(0)
 
 
-def _side_by_side(x, step, copies, first, last, quads):
+_product_in_team = in_team(_of_product)
+
+
+@compiled
+def grad_product(arguments, ends, results, runtime):
+    """``_of_product``, for ``team.run``."""
+    _product_in_team(arguments, ends, results, runtime)
+
+
+def _side_by_side(x, step, copies, piece, first, last, quads):
     """The windows of some pieces and their distance in bytes: copies, or where they lie if those are None."""
     raise NotImplementedError("only compiled passes call this")
 
 
 @overload(_side_by_side)
-def _side_by_side_of(x, step, copies, first, last, quads):
+def _side_by_side_of(x, step, copies, piece, first, last, quads):
     if isinstance(copies, types.NoneType):
-        return lambda x, step, copies, first, last, quads: (x, step)
+        return lambda x, step, copies, piece, first, last, quads: (x, step)
 
-    def copied(x, step, copies, first, last, quads):
-        begins, runs, run, out, length = copies
+    def copied(x, step, copies, piece, first, last, quads):
+        begins, runs, run, room, length = copies
+        out = room[piece]
         for k in range(first, last):
             for q in range(quads):
                 window, o = begins[k] + q * step, ((k - first) * quads + q) * length
@@ -143,7 +166,7 @@ def _copy_quads(typing_context: Any, data: Any, i: Any, out: Any, o: Any) -> Any
 
 @compiled
 def _write_all(sums, panels, part, scales, taken_off, out):
-    """The end of ``grad_weight``: what is in ``sums`` of one part to ``out``."""
+    """What is in ``sums`` of one part (channels, the first one, rows of tiles) to ``out``."""
     channels, channel, height = part
     columns = out.size // taken_off.size
     for r in range(channels):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -14,6 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from lightning_int8.backends.cpu import team, threads
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.border import source_rows
 from lightning_int8.backends.cpu.buffers import empty
@@ -21,7 +22,7 @@ from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.correlation import grid_offsets
 from lightning_int8.backends.cpu.llvm import load_lanes, place_in, splat_of, store_lanes
 from lightning_int8.backends.cpu.microkernel import LANES, QUAD, WIDTH
-from lightning_int8.backends.cpu.threads import split
+from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.transpose import transpose_words
 
 AT_ONCE = 64
@@ -55,17 +56,18 @@ def of_weight(weight: Tensor, runs: int, run: int, turned: tuple[int, ...] = ())
     if not is_whole:
         out.fill(0)
     by_panel = out.view(np.uint32).reshape(count, -1)
+    arguments: tuple[Any, ...]
     if weight.stride(0) == 1 and channels % QUAD == 0:
         begins, places, extent = _quads_of_rows(tuple(weight.shape), weight.stride(), turned)
         flat = weight.as_strided((extent,), (1,)).numpy().view(np.uint8)
-        work = partial(_interleave_columns, flat, begins, weight.stride(-1), columns, by_panel, places)
+        entry, arguments = _interleave_columns, (flat, begins, weight.stride(-1), columns, by_panel, places)
     else:
         rows = (weight.flip(turned) if turned else weight).reshape(columns, runs, run)
         if run % QUAD:
             rows = torch.nn.functional.pad(rows, (0, -run % QUAD))
         as_words = as_array(rows.contiguous()).view(np.uint32).reshape(columns, -1)
-        work = partial(transpose_words, as_words, by_panel)
-    split(work, count, -(-_SMALLEST_PIECE // (words * WIDTH)))
+        entry, arguments = transpose_words, (as_words, by_panel)
+    team.run(entry, arguments, threads.ends(count, -(-_SMALLEST_PIECE // (words * WIDTH))))
     return out
 
 
@@ -114,8 +116,8 @@ def of_samples(x: Tensor, padding: Sequence[tuple[int, int]], fill: int, width: 
     flat = x.reshape(-1).view(torch.uint8).numpy()
     how = begins, prod(x.shape[1:]), samples, NO_FLIP, kept, quads, places * width // channels, step, 0, 0
     at_once, distance = (width, fours * step) if slabs > 1 else (AT_ONCE, AT_ONCE)
-    work = partial(interleave, flat, *how, at_once, distance)
-    split(work, fours * len(begins), -(-_SMALLEST_PIECE // max(1, kept)))
+    ends = threads.ends(fours * len(begins), -(-_SMALLEST_PIECE // max(1, kept)))
+    team.run(_interleave_all, (flat, *how, at_once, distance), ends)
     if len(borders):
         present = np.minimum(samples - np.arange(fours) * QUAD, QUAD)
         values = (np.uint32(fill & 0xFF) * _ONES) & _PRESENT[present]
@@ -241,6 +243,24 @@ def interleave(data, begins, stride, samples, flip, count, out, places, step, or
 
 
 @compiled
+def _interleaved(
+    data, begins, stride, samples, flip, count, out, places, step, origin, filled, width, slab, first, last, piece
+):
+    how = places, step, origin, filled, width, slab
+    interleave(data, begins, stride, samples, flip, count, out, *how, first, last)
+    return np.int32(0)
+
+
+_interleave_in_team = in_team(_interleaved)
+
+
+@compiled
+def _interleave_all(arguments, ends, results, runtime):
+    """``interleave``, for ``team.run``."""
+    _interleave_in_team(arguments, ends, results, runtime)
+
+
+@compiled
 def _fill(begins, counts, values, step, out):
     """``out[begins[i] + n * step:][:counts[i]] = values[n]`` for every i and n, uint32."""
     for n in range(values.size):
@@ -251,9 +271,19 @@ def _fill(begins, counts, values, step, out):
 
 
 @compiled
-def _interleave_columns(data, begins, stride, columns, out, places, first, last):
+def _columns_interleaved(data, begins, stride, columns, out, places, first, last, piece):
     """Panels ``first`` to ``last`` of ``(rows, columns)``, whose columns lie side by side; see ``interleave``."""
     for p in range(first, last):
         count = min(WIDTH, columns - p * WIDTH)
         there = places, 0, 0, 0, AT_ONCE, AT_ONCE
         interleave(data[p * WIDTH :], begins, stride, QUAD, NO_FLIP, count, out[p], *there, 0, begins.size)
+    return np.int32(0)
+
+
+_columns_in_team = in_team(_columns_interleaved)
+
+
+@compiled
+def _interleave_columns(arguments, ends, results, runtime):
+    """``_columns_interleaved``, for ``team.run``."""
+    _columns_in_team(arguments, ends, results, runtime)

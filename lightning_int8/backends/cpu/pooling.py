@@ -6,13 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_int8.backends.cpu import team
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, whole
 from lightning_int8.backends.cpu.evaluation import source_of
 from lightning_int8.backends.cpu.expression import MASK_BITS, Expression, Windows
-from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split
+from lightning_int8.backends.cpu.team import in_team
+from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, ends
 from lightning_int8.backends.cpu.vectors import LANES, larger, load, plus, splat, store, store_small, where_larger
 
 
@@ -39,15 +41,13 @@ def max_pool(expression: Expression, windows: Windows) -> tuple[Tensor, Tensor]:
     geometry = np.array(windows.as_integers(), np.int64)
     values, where = as_array(out), taps.view(-1).numpy()
 
-    def work(first: int, last: int) -> None:
-        _max_pool(source, first, last, geometry, values, where)
-
-    split(work, samples, -(-SMALLEST_PIECE // (height * width * channels)))
+    pieces = ends(samples, -(-SMALLEST_PIECE // (height * width * channels)))
+    team.run(_max_pool, (source, geometry, values, where), pieces)
     return out, taps
 
 
 @compiled
-def _max_pool(source, first, last, windows, out, taps):
+def _pooled(source, windows, out, taps, first, last, piece):
     """Maxima over columns first, which neighbouring windows share, then over rows of those."""
     height, width, channels, out_height, out_width = windows[0], windows[1], windows[2], windows[3], windows[4]
     kernel_h, kernel_w, stride_h, pad_h = windows[5], windows[6], windows[7], windows[9]
@@ -63,6 +63,16 @@ def _max_pool(source, first, last, windows, out, taps):
                 at = (n * out_height + oh) * out_length
                 _pool_column(largest, columns, oh * stride_h - pad_h, h, kernel_h, kernel_w, at, out_length, out, taps)
                 oh += 1
+    return np.int32(0)
+
+
+_pool_in_team = in_team(_pooled)
+
+
+@compiled
+def _max_pool(arguments, ends, results, runtime):
+    """``_pooled``, for ``team.run``."""
+    _pool_in_team(arguments, ends, results, runtime)
 
 
 @compiled

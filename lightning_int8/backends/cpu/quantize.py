@@ -15,15 +15,16 @@ from numba import types
 from numba.extending import overload
 from torch import Tensor
 
+from lightning_int8.backends.cpu import team
 from lightning_int8.backends.cpu.arrays import as_array
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
-from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, product_sums, round_all
-from lightning_int8.backends.cpu.evaluation import block_of, nothing_to_multiply, of_channels, source_of
+from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, round_all
+from lightning_int8.backends.cpu.evaluation import block_of, nothing_to_multiply, source_of, sums_and_tops
 from lightning_int8.backends.cpu.expression import Expression, Term
 from lightning_int8.backends.cpu.floats import get
 from lightning_int8.backends.cpu.rounding import round_block
-from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, split, split_blocks
+from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, block_ends, by_ends, split
 from lightning_int8.generator import mix_key
 from lightning_int8.numerics import (
     FLAG_BITS,
@@ -184,18 +185,18 @@ def _quantize_expression(expression: Expression, own: Any, spec: OperandSpec, ke
     if len(out) > 1 and isinstance(own[0], np.ndarray):
         own = tuple(np.tile(v, block // channels) for v in own)
 
+    ends = block_ends(count, block)
+    tops: Sequence[int] | np.ndarray
     if len(out) > 1:
         rest = (largest, stochastic, spec.bits == FLAG_BITS, keys, block, out)
-        tops = split_blocks(lambda first, last: _segment(source, first, last, *own, *rest), count, block)
+        tops = by_ends(lambda first, last: _segment(source, first, last, *own, *rest), ends)
     else:
         rounding = (*own[:3], own[3] if spec.affine else None, stochastic, keys, out[0])
         if expression.summed and expression.sums is None:
-            nothing = nothing_to_multiply(expression)
-            found = split_blocks(lambda *ends: product_sums(source, *ends, block, *nothing, rounding), count, block)
-            expression.sums = of_channels([sums for sums, _ in found], channels)[0]
-            tops = [top for _, top in found]
+            sums, tops = sums_and_tops(source, ends, block, channels, nothing_to_multiply(expression), rounding)
+            expression.sums = sums[0]
         else:
-            tops = split_blocks(lambda *ends: round_all(source, *ends, block, rounding), count, block)
+            tops = team.run(round_all, (source, block, rounding), ends)
     if values is not None:
         expression.computed(values)
     return max(tops)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,23 +36,37 @@ def split(work: Callable[[int, int], Result], count: int, smallest: int) -> list
     Returns:
         What the pieces returned, in order.
     """
+    return by_ends(work, ends(count, smallest))
+
+
+def by_ends(work: Callable[[int, int], Result], ends: list[int]) -> list[Result]:
+    """``split`` where the ends of the pieces are known."""
+    tasks = list(pairwise(ends))
+    if len(tasks) == 1:
+        return [work(*tasks[0])]
+    library = runtime()
+    return by_pool(work, tasks) if library is None else _by_team(library, work, tasks)
+
+
+def ends(count: int, smallest: int) -> list[int]:
+    """Where the pieces of ``range(count)`` begin, one per thread of torch, and the end of the last one.
+
+    Args:
+        count: Length of the range.
+        smallest: Length below which a piece is not worth a thread.
+    """
     pieces = max(1, min(torch.get_num_threads(), count // max(1, smallest)))
-    if pieces == 1:
-        return [work(0, count)]
-    ends = [count * k // pieces for k in range(pieces + 1)]
-    tasks = [(ends[k], ends[k + 1]) for k in range(pieces)]
-    # The runtime's threads do not survive a fork either, and it does not notice.
-    runtime = _openmp() if os.getpid() == _PROCESS else None
-    return _by_pool(work, tasks) if runtime is None else _by_team(runtime, work, tasks)
+    return [count * k // pieces for k in range(pieces + 1)]
 
 
-def split_blocks(work: Callable[[int, int], Result], count: int, block: int) -> list[Result]:
-    """Run ``work(first, last)`` over ``count`` elements in pieces of whole blocks, the last short; see ``split``."""
+def block_ends(count: int, block: int) -> list[int]:
+    """``ends`` of ``count`` elements in pieces of whole blocks, the last short."""
+    return [min(k * block, count) for k in ends(-(-count // block), -(-SMALLEST_PIECE // block))]
 
-    def pieces(start: int, stop: int) -> Result:
-        return work(start * block, min(stop * block, count))
 
-    return split(pieces, -(-count // block), -(-SMALLEST_PIECE // block))
+def runtime() -> Any:
+    """torch's library with its OpenMP runtime, or None: in a forked process it has no threads, and does not notice."""
+    return _openmp() if os.getpid() == _PROCESS else None
 
 
 @cache
@@ -92,7 +107,8 @@ def _by_team(runtime: Any, work: Callable[[int, int], Result], tasks: list[tuple
     return [results[k] for k in range(len(tasks))]
 
 
-def _by_pool(work: Callable[[int, int], Result], tasks: list[tuple[int, int]]) -> list[Result]:
+def by_pool(work: Callable[[int, int], Result], tasks: list[tuple[int, int]]) -> list[Result]:
+    """Run ``work(start, stop)`` for each task, on threads of our own but for the first."""
     others = [_pool(os.getpid(), len(tasks) - 1).submit(work, *task) for task in tasks[1:]]
     try:
         first = work(*tasks[0])

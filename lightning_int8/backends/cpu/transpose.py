@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -11,10 +12,11 @@ from numba.extending import intrinsic
 from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.llvm import place_in
 from lightning_int8.backends.cpu.microkernel import INTS, LANES, WIDTH
+from lightning_int8.backends.cpu.team import in_team
 
 
 @compiled
-def transpose_words(rows, out, first, last):
+def _transposed(rows, out, first, last, piece):
     """Words of rows side by side: word w of row r to ``out[r // WIDTH, w * WIDTH + r % WIDTH]``.
 
     Args:
@@ -22,6 +24,7 @@ def transpose_words(rows, out, first, last):
         out: uint32 ``(panels, words · WIDTH)``; what no row reaches is left.
         first: First panel.
         last: Behind the last one.
+        piece: Number of the piece.
     """
     count, words = rows.shape
     flat, panels = rows.reshape(-1), out.reshape(-1)
@@ -34,6 +37,16 @@ def transpose_words(rows, out, first, last):
             for r in range(row, min(row + LANES, count)):
                 for w in range(whole, words):
                     panels[column + w * WIDTH + r - row] = flat[r * words + w]
+    return np.int32(0)
+
+
+_transpose_in_team = in_team(_transposed)
+
+
+@compiled
+def transpose_words(arguments, ends, results, runtime):
+    """``_transposed``, for ``team.run``."""
+    _transpose_in_team(arguments, ends, results, runtime)
 
 
 @intrinsic
