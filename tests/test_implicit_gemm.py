@@ -23,7 +23,7 @@ from lightning_int8.backends.form import FLOAT32, Form
 from lightning_int8.geometry import ConvGeometry
 from lightning_int8.numerics import LOWER_PLANE_MAX, Plane
 
-panels, implicit_conv = compiled_pass("panels"), compiled_pass("implicit_conv")
+panels, team = compiled_pass("panels"), compiled_pass("team")
 
 # Not whether it is exact: where the instruction is, a kernel that is not must fail here and not be skipped.
 RUNS = implicit_route.MICROKERNEL is not None and implicit_route.MICROKERNEL.is_available()
@@ -358,12 +358,98 @@ def test_a_team_smaller_than_asked_for_does_all_the_work(four_threads):
     assert inner == [[[0, 1], [2, 3], [4, 5], [6, 7]]] * 4
 
 
-def test_a_forked_process_has_threads_too(four_threads):
-    threads.split(lambda a, b: b - a, 8, 1)
+def exit_code_of_child(passes):
     child = os.fork()
     if child == 0:
-        os._exit(0 if threads.split(lambda a, b: b - a, 8, 1) == [2, 2, 2, 2] else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        os._exit(0 if passes() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_process_has_threads_too(four_threads):
+    threads.split(lambda a, b: b - a, 8, 1)
+    assert exit_code_of_child(lambda: threads.split(lambda a, b: b - a, 8, 1) == [2, 2, 2, 2]) == 0
+
+
+# --- Compiled passes on threads --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def add_up():
+    """A compiled pass that sums squares, ``(values, out)``; it returns how many, and fails at what is negative."""
+    import numba
+
+    @numba.njit(nogil=True, error_model="numpy")
+    def kernel(values, out, first, last, piece):
+        out[piece] = 0
+        for k in range(first, last):
+            if values[k] < 0:
+                raise ValueError("negative")
+            out[piece] += values[k] * values[k]
+        return np.int32(last - first)
+
+    in_team = team.in_team(kernel)
+
+    @numba.njit(nogil=True)
+    def entry(arguments, ends, results, runtime):
+        in_team(arguments, ends, results, runtime)
+
+    return entry
+
+
+def sums_of_squares(entry, values):
+    ends = threads.ends(len(values), 1)
+    out = np.full(len(ends) - 1, np.nan)
+    counts = team.run(entry, (values, out), ends)
+    assert counts.tolist() == np.diff(ends).tolist()
+    return out.tolist()
+
+
+def test_compiled_pieces_cover_the_range_once_and_in_order(kind_of_threads, add_up):
+    assert sums_of_squares(add_up, np.arange(1.0)) == [0]
+    assert sums_of_squares(add_up, np.arange(3.0)) == [0, 1, 4]
+    assert sums_of_squares(add_up, np.arange(8.0)) == [1, 13, 41, 85]
+
+
+def test_a_failure_in_a_compiled_piece_is_raised(kind_of_threads, add_up):
+    with pytest.raises(MemoryError, match="compiled pass"):
+        sums_of_squares(add_up, np.array([0.0, 1.0, 2.0, -3.0]))
+    assert sums_of_squares(add_up, np.arange(4.0)) == [0, 1, 4, 9]
+
+
+def test_a_compiled_pass_inside_a_parallel_region_does_all_its_work(four_threads, add_up):
+    if threads._openmp() is None:
+        pytest.skip("torch has no OpenMP runtime here")
+    inner = threads.split(lambda a, b: sums_of_squares(add_up, np.arange(8.0)), 4, 1)
+    assert inner == [[1, 13, 41, 85]] * 4
+
+
+def test_a_compiled_pass_runs_in_a_forked_process_too(four_threads, add_up):
+    assert sums_of_squares(add_up, np.arange(8.0)) == [1, 13, 41, 85]
+    assert exit_code_of_child(lambda: sums_of_squares(add_up, np.arange(8.0)) == [1, 13, 41, 85]) == 0
+
+
+def test_compiled_pieces_run_on_several_threads_without_the_interpreter(four_threads):
+    if threads._openmp() is None:
+        pytest.skip("torch has no OpenMP runtime here")
+    import numba
+
+    number_of_thread = threads._openmp().omp_get_thread_num
+    number_of_thread.argtypes = []
+
+    @numba.njit
+    def kernel(first, last, piece):
+        return np.int32(number_of_thread())
+
+    in_team = team.in_team(kernel)
+
+    @numba.njit  # keeps the interpreter's lock: whoever asked for it would wait for ever
+    def entry(arguments, ends, results, runtime):
+        in_team(arguments, ends, results, runtime)
+
+    assert team.run(entry, (), [0, 1, 2, 3, 4]).tolist() == [0, 1, 2, 3]
+
+
+# --- Both ------------------------------------------------------------------------------------------------------------
 
 
 def test_results_do_not_depend_on_threads(four_threads):

@@ -16,6 +16,7 @@ import lightning
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI
+from torch import distributed
 
 from lightning_int8 import Recipe, recipes
 from lightning_int8.backends import CHOICES as BACKENDS
@@ -71,6 +72,9 @@ def main(arguments: Sequence[str]) -> int:
     except (UserError, DataError) as error:
         print(f"lightning-int8 train: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()  # its threads must not outlive the interpreter
 
 
 def _parser() -> argparse.ArgumentParser:

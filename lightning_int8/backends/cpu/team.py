@@ -1,7 +1,7 @@
 """Compiled passes on the threads of torch's OpenMP runtime, without the interpreter.
 
-Each thread of ``threads.split`` takes the interpreter's lock before and after its work, and mostly waits for it: that
-costs 65 µs a pass on two threads. Here the runtime calls compiled code, and two threads are at work within 2 µs.
+Each thread of ``threads.split`` takes the interpreter's lock before and after its work, and waits for it longer than a
+short pass takes. Here the runtime calls compiled code.
 """
 
 from __future__ import annotations
