@@ -15,7 +15,7 @@ from lightning_int8.backends.cpu.quantize import map_of, quantized
 from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, ends
 from lightning_int8.backends.cpu.vector_rounding import nearest, steps, store_bytes
-from lightning_int8.backends.cpu.vectors import LANES, lanes_of, largest_bits, largest_lane, load, no_bits
+from lightning_int8.backends.cpu.vectors import LANES, fetch, lanes_of, largest_bits, largest_lane, load, no_bits
 from lightning_int8.numerics import Quantized
 
 
@@ -48,6 +48,7 @@ def _rounded_both(x, length, block, of_rows, of_columns, by_row, by_column, firs
             count = min(block, (r + 1) * length - start)
             for j in range(0, count, LANES):
                 i, room = start + j, min(LANES, count - j)
+                fetch(x, i)
                 v = load(x, i, room)
                 top = largest_bits(top, v)
                 y = steps(v, lanes_of(row_low[r], j), lanes_of(row_high[r], j), lanes_of(row_inverse[r], j))

@@ -12,6 +12,7 @@ from lightning_int8.backends.cpu.unpool import unpool
 from lightning_int8.backends.cpu.vector_rounding import nearest, shifted, steps, store_bytes, up_or_down
 from lightning_int8.backends.cpu.vectors import (
     LANES,
+    fetch,
     keep,
     keep_inside,
     lanes_of,
@@ -187,10 +188,15 @@ def _walk(source, first, last, block, buffers, rounding, places, sums, only_rest
             i, room = start + j, LANES
             if only_rest is not None:
                 room = count - j
-            v = load(unpooled, j, room) if taps.size > 0 else load(values, i, room)
+            if taps.size > 0:
+                v = load(unpooled, j, room)
+            else:
+                fetch(values, i)
+                v = load(values, i, room)
             if words.size > 0:
                 v = keep(v, words, i, room)
             if others.size > 0:
+                fetch(others, i)
                 w = load(others, i, room)
                 if offset.size > 0:
                     v = times(v, load(factor, j, LANES))
@@ -213,6 +219,7 @@ def _walk(source, first, last, block, buffers, rounding, places, sums, only_rest
             if sums is not None:
                 store(first_sums, j, room, plus(load(first_sums, j, LANES), v))
                 if partner.size > 0:
+                    fetch(partner, i)
                     product = times(v, minus(load(partner, i, room), load(centre, j, LANES)))
                     store(second_sums, j, room, plus(load(second_sums, j, LANES), product))
             if rounding is None and sums is None:

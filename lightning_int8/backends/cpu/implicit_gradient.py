@@ -253,7 +253,6 @@ def _of_windows(
     groups = max(-(-wanted // parts), -(-len(table) * height * WIDTH * 4 // _SUM_BYTES))
     group = -(-len(table) // min(groups, len(table)))
     groups = -(-len(table) // group)
-
     smallest = -(-SMALLEST_PIECE // max(1, count * length * out_channels * WIDTH * group))
     ends_of_parts = threads.ends(groups * parts, smallest)
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
 
 from lightning_int8.backends.cpu.compiler import at, compiled
 from lightning_int8.backends.cpu.implicit_gemm import UNSIGNED
-from lightning_int8.backends.cpu.llvm import constant, place_in, splat_of
+from lightning_int8.backends.cpu.llvm import constant, operation, place_in, splat_of
 from lightning_int8.backends.cpu.microkernel import FLOATS, INTS, LANES, QUAD, ROWS, WIDTH, add_tile
 from lightning_int8.backends.cpu.panels import AT_ONCE, FLIP, NO_FLIP, interleave
 from lightning_int8.backends.cpu.team import in_team
@@ -177,6 +178,18 @@ def _write_all(sums, panels, part, scales, taken_off, out):
             s, ones = (j * height + r) * WIDTH, (j * height + channels) * WIDTH
             for c in range(0, width, LANES):
                 _write_or_add(sums, s + c, ones + c, off, factor, scales[1], width - c, out, o + c)
+    _fence()
+
+
+@intrinsic
+def _fence(typing_context: Any) -> Any:
+    """What was written past the caches is seen before anything that is written from here on."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        operation(builder, "llvm.x86.sse.sfence", ir.VoidType())
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 def _write_or_add(sums, s, ones, off, left, right, room, out, o):
@@ -222,6 +235,7 @@ def _write_sums(
             out,
             o,
             room,
+            past_caches=True,  # an optimizer reads the gradient when it would long have left them
         )
         return context.get_dummy_value()
 

@@ -9,6 +9,7 @@ from numba import types
 from numba.core import cgutils
 
 _INDEX = ir.IntType(32)
+_CACHE_LINE = 64  # bytes
 _QUIET_NAN = 0x7FC0  # as bfloat16
 
 
@@ -28,6 +29,16 @@ def place_in(context: Any, builder: Any, kind: Any, array: Any, index: Any, vect
     """Pointer to a vector of the array from the index on."""
     data = cgutils.create_struct_proxy(kind)(context, builder, array).data
     return builder.bitcast(builder.gep(data, [index]), vector.as_pointer())
+
+
+def fetch_bytes(builder: Any, place: Any, count: int) -> None:
+    """Ask for cache lines from a place on, to be in the second-level cache soon; what no memory backs is left."""
+    kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _INDEX, _INDEX, _INDEX])
+    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    first = builder.bitcast(place, ir.IntType(8).as_pointer())
+    for line in range(0, count, _CACHE_LINE):
+        to_read, second_level, data = _INDEX(0), _INDEX(2), _INDEX(1)
+        builder.call(prefetch, [builder.gep(first, [_INDEX(line)]), to_read, second_level, data])
 
 
 def operation(builder: Any, name: str, result: Any, *arguments: Any) -> Any:
@@ -109,8 +120,28 @@ def load_floats(context: Any, builder: Any, kind: Any, x: Any, i: Any, room: Any
     return widened(builder, v) if kind.dtype == types.uint16 else v
 
 
-def store_floats(context: Any, builder: Any, kind: Any, v: Any, out: Any, i: Any, room: Any) -> None:
-    """Write float32 lanes to ``out[i:]``, of those or, rounded, of bfloat16; see ``store_lanes``."""
+def store_floats(
+    context: Any, builder: Any, kind: Any, v: Any, out: Any, i: Any, room: Any, past_caches: bool = False
+) -> None:
+    """Write float32 lanes to ``out[i:]``, of those or, rounded, of bfloat16; see ``store_lanes``.
+
+    What fills a line of the cache may go past it, for whoever reads it much later: that needs a fence behind the last.
+    """
     lanes, name = (narrowed(builder, v), "i16") if kind.dtype == types.uint16 else (v, "f32")
-    place = place_in(context, builder, kind, out, i, lanes.type)
-    store_lanes(builder, lanes, place, room, f"v{v.type.count}{name}")
+    place, name = place_in(context, builder, kind, out, i, lanes.type), f"v{v.type.count}{name}"
+    if not past_caches or v.type.count * kind.dtype.bitwidth != 8 * _CACHE_LINE:
+        store_lanes(builder, lanes, place, room, name)
+        return
+    address = ir.IntType(64)
+    begins_line = builder.icmp_signed(
+        "==", builder.and_(builder.ptrtoint(place, address), address(_CACHE_LINE - 1)), address(0)
+    )
+    with builder.if_else(builder.and_(begins_line, _has_room(builder, room, v.type.count)), likely=True) as (
+        line,
+        part,
+    ):
+        with line:
+            store = builder.store(lanes, place, align=_CACHE_LINE)
+            store.set_metadata("nontemporal", builder.module.add_metadata([_INDEX(1)]))
+        with part:
+            store_lanes(builder, lanes, place, room, name)

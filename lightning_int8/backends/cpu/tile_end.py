@@ -37,11 +37,12 @@ def write_scaled(
     out: Any,
     o: Any,
     room: Any,
+    past_caches: bool = False,
 ) -> Any:
     """Emit the end of a contraction: a vector of sums to ``out[o:]``, no more than there is room for.
 
     An array of floats takes fl(fl(fl(sums) · left) · right), plus the offset unless it is None; one of int32 the sums.
-    What was written comes back; floats, rounded or not, as float32.
+    What was written comes back; floats, rounded or not, as float32. For the caches see ``store_floats``.
     """
     if kind.dtype == types.int32:
         store_lanes(builder, sums, place_in(context, builder, kind, out, o, INTS), room, f"v{LANES}i32")
@@ -50,7 +51,7 @@ def write_scaled(
     for factor in factors:
         scaled = builder.fmul(scaled, factor)
     scaled = scaled if offset is None else builder.fadd(scaled, offset)
-    store_floats(context, builder, kind, scaled, out, o, room)
+    store_floats(context, builder, kind, scaled, out, o, room, past_caches)
     return widened(builder, narrowed(builder, scaled)) if kind.dtype == types.uint16 else scaled
 
 

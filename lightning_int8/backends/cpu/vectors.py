@@ -17,6 +17,7 @@ from lightning_int8.backends.cpu.compiler import HAS_AVX512
 from lightning_int8.backends.cpu.expression import MASK_BITS
 from lightning_int8.backends.cpu.llvm import (
     constant,
+    fetch_bytes,
     load_floats,
     load_lanes,
     place_in,
@@ -32,6 +33,7 @@ FLOATS, INTS = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(ir.IntType(32
 _BITS, _INDEX = ir.VectorType(ir.IntType(1), LANES), ir.IntType(32)
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 _WORDS = ir.VectorType(ir.IntType(MASK_BITS), LANES // MASK_BITS)
+_PAGE = 4096  # bytes
 
 
 class _Floats(types.Type):
@@ -71,6 +73,19 @@ def load(typing_context: Any, x: Any, i: Any, room: Any) -> Any:
         return load_floats(context, builder, signature.args[0], *arguments, LANES)
 
     return floats(x, types.int64, types.int64), generate
+
+
+@intrinsic
+def fetch(typing_context: Any, x: Any, i: Any) -> Any:
+    """Ask for the vector of floats a page behind ``x[i]``: the CPU itself looks ahead to the end of a page at most."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        item = signature.args[0].dtype.bitwidth // 8
+        index = builder.add(arguments[1], ir.IntType(64)(_PAGE // item))
+        fetch_bytes(builder, place_in(context, builder, signature.args[0], arguments[0], index, FLOATS), LANES * item)
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64), generate
 
 
 @intrinsic
