@@ -97,6 +97,24 @@ def grad_weight(arguments, ends, results, runtime):
 def _of_product(
     g, x, rows, widths, block, panels, parts, scales, taken_off, sums_of, out, first_part, last_part, piece
 ):
+    """``_of_windows`` of a matrix product: four rows at a time are summed together, some rows are packed at a time.
+
+    Args:
+        g: uint8, flat: the signed bytes of ``(rows, Co)`` from the first channel on.
+        x: uint8, flat: the signed bytes of ``(rows, C)``, likewise.
+        rows: Rows.
+        widths: (Co, C, channels of x, columns of a panel).
+        block: Quads of rows that are packed before they are multiplied: they stay in cache.
+        panels: See ``_of_windows``.
+        parts: (channels of a part; rows of its tiles).
+        scales: See ``_of_windows``.
+        taken_off: Likewise.
+        sums_of: Likewise.
+        out: Likewise.
+        first_part: Likewise.
+        last_part: Likewise.
+        piece: Likewise.
+    """
     out_row, in_row, columns, width = widths
     own_channels, height = parts
     left, right = np.empty(block * height, np.uint32), np.empty(block * (columns + width), np.uint32)
