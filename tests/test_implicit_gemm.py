@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lightning_int8.backends import int_matmul, onednn
 from lightning_int8.backends.cpu import implicit_route, threads
+from lightning_int8.backends.cpu.correlation import output_correlation
 from lightning_int8.backends.cpu.gemm import Gemm
 from lightning_int8.backends.cpu.im2col_route import Im2col
 from lightning_int8.backends.cpu.passes import compiled_pass
@@ -259,6 +260,15 @@ def test_few_channels_share_panels(samples, kernel, channels, stride, padded):
     x = Plane(bytes_of((samples, 9, 11, channels), 1), one, torch.tensor(-5, dtype=torch.int32))
     sums = implicit_route.Implicit().run("grad_weight", g, x, geometry)
     assert torch.equal(sums, Im2col(Gemm(int_matmul.exact_matmul())).run("grad_weight", g, x, geometry))
+
+
+def test_windows_of_a_first_layer_fill_whole_panels():
+    geometry = ConvGeometry(
+        input_size=(20, 20), kernel_size=(7, 7), stride=(2, 2), padding=((3, 3),) * 2, dilation=(1, 1), groups=1
+    )
+    windows = implicit_route.GRADIENT._windows(output_correlation(geometry), (4, 20, 20, 3), 0, 3)
+    assert len(windows.runs) == 7, "a run of 21 columns for each row of taps"
+    assert windows.table[:, 1].tolist() == [64, 64, 147 - 2 * 64]
 
 
 @pytest.mark.slow

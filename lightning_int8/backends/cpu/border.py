@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_int8.backends.cpu import team
 from lightning_int8.backends.cpu.buffers import empty
 from lightning_int8.backends.cpu.compiler import compiled, wide_vectors
-from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.threads import ends
 
 _SMALLEST_PIECE = 1 << 18  # bytes that are worth a thread
@@ -73,7 +72,7 @@ def _padded(source, rows, shift, border, flip, out, first, last, piece):
     return np.int32(0)
 
 
-_pad_in_team = in_team(_padded)
+_pad_in_team = team.in_team(_padded)
 
 
 @compiled

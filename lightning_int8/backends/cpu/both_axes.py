@@ -12,7 +12,6 @@ from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.elementwise import tiled
 from lightning_int8.backends.cpu.evaluation import block_of
 from lightning_int8.backends.cpu.quantize import map_of, quantized
-from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, ends
 from lightning_int8.backends.cpu.vector_rounding import nearest, steps, store_bytes
 from lightning_int8.backends.cpu.vectors import LANES, fetch, lanes_of, largest_bits, largest_lane, load, no_bits
@@ -58,7 +57,7 @@ def _rounded_both(x, length, block, of_rows, of_columns, by_row, by_column, firs
     return largest_lane(top)
 
 
-_round_in_team = in_team(_rounded_both)
+_round_in_team = team.in_team(_rounded_both)
 
 
 @compiled

@@ -22,7 +22,6 @@ from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.correlation import grid_offsets
 from lightning_int8.backends.cpu.llvm import load_lanes, place_in, splat_of, store_lanes
 from lightning_int8.backends.cpu.microkernel import LANES, QUAD, WIDTH
-from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.transpose import transpose_words
 
 AT_ONCE = 64
@@ -251,7 +250,7 @@ def _interleaved(
     return np.int32(0)
 
 
-_interleave_in_team = in_team(_interleaved)
+_interleave_in_team = team.in_team(_interleaved)
 
 
 @compiled
@@ -280,7 +279,7 @@ def _columns_interleaved(data, begins, stride, columns, out, places, first, last
     return np.int32(0)
 
 
-_columns_in_team = in_team(_columns_interleaved)
+_columns_in_team = team.in_team(_columns_interleaved)
 
 
 @compiled

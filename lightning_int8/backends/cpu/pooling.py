@@ -13,7 +13,6 @@ from lightning_int8.backends.cpu.compiler import compiled
 from lightning_int8.backends.cpu.elementwise import block_values, new_buffers, whole
 from lightning_int8.backends.cpu.evaluation import source_of
 from lightning_int8.backends.cpu.expression import MASK_BITS, Expression, Windows
-from lightning_int8.backends.cpu.team import in_team
 from lightning_int8.backends.cpu.threads import SMALLEST_PIECE, ends
 from lightning_int8.backends.cpu.vectors import LANES, larger, load, plus, splat, store, store_small, where_larger
 
@@ -66,7 +65,7 @@ def _pooled(source, windows, out, taps, first, last, piece):
     return np.int32(0)
 
 
-_pool_in_team = in_team(_pooled)
+_pool_in_team = team.in_team(_pooled)
 
 
 @compiled

@@ -37,6 +37,9 @@ def run(entry: Any, arguments: tuple[Any, ...], ends: Sequence[int]) -> np.ndarr
 
     Returns:
         What the kernel returned for each piece, int32.
+
+    Raises:
+        MemoryError: A piece had an exception; the only one that kernels have is that memory is short.
     """
     every, results = np.array(ends, np.int64), np.empty(len(ends) - 1, np.int32)
     runtime = threads.runtime() if len(results) > 1 else None
